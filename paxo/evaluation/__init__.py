@@ -1,0 +1,1 @@
+"""Held-out accuracy, win rates with intervals, tables and plots."""

@@ -1,0 +1,48 @@
+"""Does the implicit reward order held-out candidates as their labels do?"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from paxo import metrics
+from paxo.evaluation.estimates import Estimate, bootstrap_mean
+from paxo.scoring import slot_lengths
+from paxo.types import PreferenceBatch, Scorer
+
+
+def reward_accuracy(
+    scorer: Scorer,
+    batches: Iterable[PreferenceBatch],
+    *,
+    scale: float = 1.0,
+    per_token: bool = False,
+) -> Estimate:
+    """Share of groups whose best candidate has a higher implicit reward than their worst.
+
+    Ties count half, so a policy that equals its reference scores 0.5 exactly. Groups whose labels
+    do not differ are left out.
+
+    Args:
+        scorer: log-probs of the policy that is measured.
+        batches: rows of host arrays with `fixed_logps["reference"]` attached, or without: then the
+            reward is the policy's own log-prob.
+        scale: beta.
+        per_token: divide by lengths, as reference-free objectives do.
+
+    Raises:
+        ValueError: if no group has two candidates with different labels.
+    """
+    scores = []
+    for batch in batches:
+        inputs = {"policy_logps": np.asarray(scorer(batch))}
+        inputs["lengths"] = np.asarray(slot_lengths(batch))
+        if "reference" in batch.fixed_logps:
+            inputs["reference_logps"] = np.asarray(batch.fixed_logps["reference"])
+        rewards = np.asarray(metrics.implicit_rewards(inputs, scale, per_token=per_token))
+        best, worst, differ = map(np.asarray, metrics.best_and_worst(batch.labels, batch.where))
+        chosen = np.take_along_axis(rewards, best[..., None], -1)[..., 0]
+        rejected = np.take_along_axis(rewards, worst[..., None], -1)[..., 0]
+        scores.append(np.asarray(metrics.accuracies(chosen, rejected))[differ])
+    if not scores or not np.concatenate(scores).size:
+        raise ValueError("no held-out group has two candidates with different labels")
+    return bootstrap_mean(np.concatenate(scores))

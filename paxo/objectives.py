@@ -1,0 +1,318 @@
+"""Objectives: a loss with its hyper-parameters bound, and what it needs, read from its signature.
+
+>>> dpo = objective("dpo", beta=0.2)
+>>> dpo.roles, dpo.hyper_parameters["beta"]
+(('reference',), 0.2)
+>>> weighted_sum((dpo, 1.0), (objective("nll"), 0.5)).name
+'dpo + 0.5 nll'
+"""
+
+import dataclasses
+import difflib
+import inspect
+import logging
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paxo.losses import likelihood, pairwise
+from paxo.losses.contract import Range
+from paxo.numerics import Array, Mean
+
+logger = logging.getLogger(__name__)
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "dpo": pairwise.dpo_loss,
+    "ipo": pairwise.ipo_loss,
+    "nll": likelihood.nll_loss,
+    "simpo": pairwise.simpo_loss,
+}
+
+# Other trainers' names for the same formulas.
+ALIASES = {"sft": "nll", "sigmoid": "dpo"}
+
+# Who provides an array, by its name. Anything else is looked up in the batch's `extras`.
+SUMMED = ("policy_logps", "lengths")
+TOKENWISE = ("policy_token_logps", "token_mask", "token_entropies", "token_collisions", "token_kls")
+FROM_BATCH = ("labels", "where")
+FROM_STEP = ("key", "state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One loss of an objective with its weight.
+
+    Attributes:
+        name: its name in `LOSSES`.
+        loss: the function.
+        hyper_parameters: the values bound to its keyword-only parameters.
+        weight: factor in the objective's sum.
+    """
+
+    name: str
+    loss: Callable[..., Any]
+    hyper_parameters: Mapping[str, Any]
+    weight: float = 1.0
+
+    @property
+    def arrays(self) -> dict[str, bool]:
+        """Name of each array the loss takes -> whether it must be there."""
+        parameters = inspect.signature(self.loss).parameters.values()
+        return {
+            p.name: p.default is p.empty
+            for p in parameters
+            if p.kind is p.POSITIONAL_OR_KEYWORD or p.name in ("where", *FROM_STEP)
+        }
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the loss carries memory from step to step."""
+        return hasattr(self.loss, "init_state")
+
+    def __call__(self, inputs: Mapping[str, Array], state: Any = None) -> tuple[Mean, Any]:
+        """The loss's total and count over the groups of `inputs`, and its new state."""
+        known = {**inputs, "state": state} if self.stateful else inputs
+        arrays = {name: known[name] for name in self.arrays if name in known}
+        result = self.loss(**arrays, **self.hyper_parameters)
+        result, state = result if self.stateful else (result, None)
+        return result if isinstance(result, Mean) else _mean_over_groups(
+            result, inputs["where"]
+        ), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: one loss, or a weighted sum of several, each divided by its own count.
+
+    Attributes:
+        terms: the losses; build them with `objective` and `weighted_sum`.
+    """
+
+    terms: tuple[Term, ...]
+
+    @property
+    def name(self) -> str:
+        """Names of the losses with their weights."""
+        return " + ".join(t.name if t.weight == 1 else f"{t.weight:g} {t.name}" for t in self.terms)
+
+    @property
+    def arrays(self) -> dict[str, bool]:
+        """Name of each array that a loss takes -> whether one of them cannot do without it."""
+        needed: dict[str, bool] = {}
+        for term in self.terms:
+            for name, required in term.arrays.items():
+                needed[name] = needed.get(name, False) or required
+        return needed
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the frozen policies whose summed log-probs must be attached to the batch."""
+        return tuple(
+            sorted({n.removesuffix("_logps") for n in self.arrays if _is_fixed(n, "_logps")})
+        )
+
+    @property
+    def token_roles(self) -> tuple[str, ...]:
+        """Roles whose log-probs must be attached token by token."""
+        suffix = "_token_logps"
+        return tuple(sorted({n.removesuffix(suffix) for n in self.arrays if _is_fixed(n, suffix)}))
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether a loss couples groups, so that it must see the whole global batch at once."""
+        return any(getattr(term.loss, "whole_batch", False) for term in self.terms)
+
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """Of a single loss its own; of a sum `{loss.name: value}`, weights included."""
+        if len(self.terms) == 1:
+            return dict(self.terms[0].hyper_parameters)
+        named = {f"{t.name}.{k}": v for t in self.terms for k, v in t.hyper_parameters.items()}
+        return named | {f"{t.name}.weight": t.weight for t in self.terms}
+
+    @property
+    def reward_scale(self) -> float:
+        """Factor of the implicit reward: beta of the first loss (tau, where the paper calls it so)."""
+        hyper = self.terms[0].hyper_parameters
+        return float(hyper.get("beta", hyper.get("tau", 1.0)))
+
+    @property
+    def reward_per_token(self) -> bool:
+        """Whether the implicit reward is a mean over tokens: without a reference, with lengths."""
+        return "lengths" in self.terms[0].arrays and not self.roles
+
+    def init_state(self) -> tuple[Any, ...]:
+        """The first memory of each term: `()` for the many that have none."""
+        return tuple(_init_state(term) for term in self.terms)
+
+    def field_names(self) -> dict[str, Any]:
+        """Name of each setting -> its type, for overrides such as `objective.beta=0.2`."""
+        if len(self.terms) == 1:
+            return _annotations(self.terms[0])
+        named = {f"{t.name}.{k}": kind for t in self.terms for k, kind in _annotations(t).items()}
+        return named | {f"{t.name}.weight": float for t in self.terms}
+
+    def with_field(self, name: str, value: Any) -> "Objective":
+        """This objective with one hyper-parameter changed, checked again."""
+        if len(self.terms) == 1:
+            term = self.terms[0]
+            return objective(term.name, **{**term.hyper_parameters, name: value})
+        which, _, field = name.partition(".")
+        changed = []
+        for term in self.terms:
+            if term.name != which:
+                changed.append((Objective((dataclasses.replace(term, weight=1.0),)), term.weight))
+            elif field == "weight":
+                changed.append((Objective((dataclasses.replace(term, weight=1.0),)), value))
+            else:
+                changed.append(
+                    (objective(term.name, **{**term.hyper_parameters, field: value}), term.weight)
+                )
+        return weighted_sum(*changed)
+
+
+def objective(name: str, **hyper_parameters: Any) -> Objective:
+    """The loss of that name with its hyper-parameters bound; the rest keep the paper's values.
+
+    Args:
+        name: a key of `LOSSES`, or another trainer's name for one (the log says which it is).
+        **hyper_parameters: keyword-only parameters of the loss.
+
+    Raises:
+        ValueError: for an unknown name (the nearest is named), an unknown hyper-parameter, or a
+            value out of its range.
+        TypeError: for a value of the wrong type.
+
+    >>> objective("dpo", betta=0.1)
+    Traceback (most recent call last):
+    ValueError: objective 'dpo' has no hyper-parameter 'betta'; did you mean 'beta'? It has: beta
+    """
+    if name in ALIASES:
+        logger.info("objective %r is paxo's %r", name, ALIASES[name])
+        name = ALIASES[name]
+    if name not in LOSSES:
+        raise ValueError(
+            f"unknown objective {name!r}{nearest(name, LOSSES)} `paxo methods` lists all."
+        )
+    loss = LOSSES[name]
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("where", *FROM_STEP)
+    }
+    hints = typing.get_type_hints(loss, include_extras=True)
+    for key, value in hyper_parameters.items():
+        if key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise ValueError(
+                f"objective {name!r} has no hyper-parameter {key!r}{nearest(key, defaults)} It has: {known}"
+            )
+        _check_value(f"objective {name!r}: {key}", value, hints[key])
+    bound = defaults | hyper_parameters
+    missing = [key for key, value in bound.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(f"objective {name!r} needs {', '.join(missing)}: it has no default")
+    return Objective((Term(name, loss, bound),))
+
+
+def weighted_sum(*weighted: tuple[Objective, float]) -> Objective:
+    """Σ weight * objective; each loss is divided by its own count.
+
+    Args:
+        *weighted: pairs of an objective and its weight.
+
+    Raises:
+        ValueError: without terms, or if a loss stands in it twice.
+
+    >>> rpo = weighted_sum((objective("dpo", beta=0.01), 1.0), (objective("nll"), 0.005))
+    >>> [term.weight for term in rpo.terms]
+    [1.0, 0.005]
+    """
+    if not weighted:
+        raise ValueError("weighted_sum needs at least one (objective, weight)")
+    terms = []
+    for summand, weight in weighted:
+        if not isinstance(summand, Objective):
+            raise TypeError(
+                f"weighted_sum takes (objective, weight) pairs; got {type(summand).__name__}"
+            )
+        _check_value(f"weight of {summand.name!r}", weight, typing.Annotated[float, Range()])
+        terms += [dataclasses.replace(term, weight=term.weight * weight) for term in summand.terms]
+    names = [term.name for term in terms]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"weighted_sum holds {sorted(twice)} twice; add up their weights instead")
+    return Objective(tuple(terms))
+
+
+def method_table() -> list[dict[str, Any]]:
+    """A row for each loss: name, first docstring line, paper, arrays and hyper-parameters."""
+    rows = []
+    for name in sorted(LOSSES):
+        term = objective(name).terms[0]
+        text = inspect.getdoc(term.loss) or ""
+        papers = [line.strip() for line in text.splitlines() if "arXiv:" in line]
+        rows.append(
+            {
+                "name": name,
+                "summary": text.partition("\n")[0],
+                "paper": papers[0] if papers else "",
+                "inputs": [array for array in term.arrays if array != "where"],
+                "hyper_parameters": dict(term.hyper_parameters),
+            }
+        )
+    return rows
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean 'x'?` for the closest of the known names, or `.`."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _annotations(term: Term) -> dict[str, Any]:
+    hints = typing.get_type_hints(term.loss)  # without the ranges: those are checked when built
+    return {name: hints[name] for name in term.hyper_parameters}
+
+
+def _check_value(what: str, value: Any, hint: Any) -> None:
+    """Type and range of one hyper-parameter, from its annotation."""
+    metadata = getattr(hint, "__metadata__", ())
+    base = typing.get_args(hint)[0] if metadata else hint
+    if typing.get_origin(base) is typing.Literal:
+        choices = typing.get_args(base)
+        if value not in choices:
+            raise ValueError(
+                f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}"
+            )
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number if base is float else isinstance(value, base)):
+        expected = getattr(base, "__name__", base)
+        raise TypeError(f"{what} must be a {expected}; got {value!r} ({type(value).__name__})")
+    for limits in metadata:
+        if isinstance(limits, Range) and not limits.holds(value):
+            raise ValueError(f"{what} must lie in {limits}; got {value}")
+
+
+def _is_fixed(name: str, suffix: str) -> bool:
+    own = name.startswith("policy_") or (suffix == "_logps" and name.endswith("_token_logps"))
+    return name.endswith(suffix) and not own
+
+
+def _mean_over_groups(loss: Array, where: Array) -> Mean:
+    """An unreduced `[...]` loss is averaged over the groups that have a valid candidate."""
+    return Mean(jnp.sum(loss), jnp.sum(jnp.any(where, -1), dtype=loss.dtype))
+
+
+def _init_state(term: Term) -> Any:
+    if not term.stateful:
+        return ()
+    wanted = inspect.signature(term.loss.init_state).parameters
+    return jax.tree.map(
+        jnp.asarray,
+        term.loss.init_state(**{k: v for k, v in term.hyper_parameters.items() if k in wanted}),
+    )

@@ -1,0 +1,330 @@
+"""Log-probs of packed rows: the one shift, the one mask, and no array over positions × vocabulary.
+
+The trunk runs once over the rows; only the hidden states that predict a scored token meet the
+head, in chunks whose logits are dropped at once and computed again in the backward pass.
+
+A scorer is the same for a policy that stays fixed: it fills `batch.fixed_logps[role]` before the
+training step, which therefore never holds a reference model.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from paxo.chunked_head import QUANTITIES, head_scores
+from paxo.data.packing import sequence_tokens
+from paxo.logp_store import LogpStore
+from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
+
+ROWS = PartitionSpec(("data", "fsdp"))
+
+# Logits held at a time: at least so many tokens, which keeps the products efficient, and no more
+# than so many entries where the vocabulary is small.
+MIN_CHUNK_TOKENS = {"cpu": 128, "gpu": 1024, "tpu": 1024}
+CHUNK_ENTRIES = 2**22
+
+
+def token_logps(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
+    """`[R, S]` float32 log-prob of each scored token in nats, 0 on padding."""
+    return token_scores(policy, params, batch)["logps"]
+
+
+def sequence_logps(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
+    """`[R, G, K]` float32 summed log-probs of the candidates in nats, 0 where there is none."""
+    return slot_sums(token_logps(policy, params, batch), batch)
+
+
+def token_scores(
+    policy: Policy,
+    params: Params,
+    batch: PreferenceBatch,
+    quantities: Sequence[str] = ("logps",),
+    *,
+    hidden: Array | None = None,
+    reference_head: Array | None = None,
+    chunk: int | None = None,
+) -> dict[str, Array]:
+    """Figures of the next-token distribution at every scored token.
+
+    Args:
+        policy: the model.
+        params: its parameters.
+        batch: packed rows.
+        quantities: any of "logps" (log-prob of the token, nats), "entropies" (nats), "collisions"
+            (log Σ p², nats) and "kls" (KL from the reference's to the policy's distribution, nats;
+            needs `batch.fixed_hidden["reference"]` and `reference_head`).
+        hidden: `[R, S, D]` from `scored_hidden`, where it has been computed already.
+        reference_head: `[D, V]`, frozen.
+        chunk: scored tokens of a row that meet the head at a time; by default so many that the
+            logits of all rows stay small.
+
+    Returns:
+        quantity -> `[R, S]` float32, 0 on padding.
+
+    Raises:
+        ValueError: for an unknown quantity, or "kls" without what it needs.
+    """
+    unknown = sorted(set(quantities) - set(QUANTITIES))
+    if unknown:
+        raise ValueError(f"unknown quantities {unknown}; known: {', '.join(QUANTITIES)}")
+    reference = None
+    if "kls" in quantities:
+        if reference_head is None or "reference" not in batch.fixed_hidden:
+            raise ValueError(
+                "'kls' needs the reference's hidden states and head: attach them with "
+                "paxo.attach_logps(batch, 'reference', scorer, hidden=True) and pass reference_head"
+            )
+        reference = (batch.fixed_hidden["reference"], reference_head)
+    if hidden is None:
+        hidden = scored_hidden(policy, params, batch)
+    head = policy.unembed(params).astype(hidden.dtype)
+    if chunk is None:
+        chunk = default_chunk(hidden.shape[0], head.shape[-1])
+    scores = head_scores(tuple(quantities), chunk, hidden, head, batch.score_token, reference)
+    scored = batch.score_slot < _num_slots(batch)
+    return {name: jnp.where(scored, x, 0.0) for name, x in scores.items()}
+
+
+def scored_hidden(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
+    """`[R, S, D]` hidden states that predict the scored tokens: the only place of the shift by one."""
+    hidden = policy.trunk(params, batch.tokens, batch.positions, batch.group, batch.branch)
+    return jnp.take_along_axis(hidden, batch.score_from[..., None], axis=1)
+
+
+def slot_sums(values: Array, batch: PreferenceBatch) -> Array:
+    """`[R, S] -> [R, G, K]` sums over the scored tokens of each candidate, in at least float32."""
+    mine = batch.score_slot[:, :, None] == jnp.arange(_num_slots(batch))
+    # A masked sum rather than a scatter-add: the same bits on every run, on GPUs too.
+    sums = jnp.sum(jnp.where(mine, values[:, :, None], 0), axis=1)
+    return sums.reshape(batch.where.shape)
+
+
+def slot_lengths(batch: PreferenceBatch) -> Array:
+    """`[R, G, K]` float32 number of scored tokens of each candidate."""
+    return slot_sums(jnp.ones(batch.score_slot.shape, jnp.float32), batch)
+
+
+def by_candidate(values: Array, batch: PreferenceBatch) -> Array:
+    """`[R, S] -> [R, G, K, T]` token-level values, each candidate's from index 0, 0 behind its end."""
+    slots, length = _num_slots(batch), batch.max_completion
+    index = jnp.arange(batch.score_slot.shape[1])
+    mine = batch.score_slot[:, :, None] == jnp.arange(slots + 1)
+    first = jnp.min(jnp.where(mine, index[:, None], index.size), axis=1)
+    rank = index - jnp.take_along_axis(first, batch.score_slot, axis=1)
+
+    def scatter(slot: Array, rank: Array, row: Array) -> Array:
+        return jnp.zeros((slots, length), row.dtype).at[slot, rank].set(row, mode="drop")
+
+    laid_out = jax.vmap(scatter)(batch.score_slot, rank, values)
+    return laid_out.reshape(*batch.where.shape, length)
+
+
+def default_chunk(rows: int, vocabulary: int) -> int:
+    """Scored tokens of each row that meet the head at a time, for this backend and mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    tokens = max(MIN_CHUNK_TOKENS.get(jax.default_backend(), 1024), CHUNK_ENTRIES // vocabulary)
+    return max(1, tokens * devices // rows)
+
+
+def place_rows(batch: PreferenceBatch, mesh: Mesh) -> PreferenceBatch:
+    """A batch on the devices of a mesh; each process gives the rows that are its own."""
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedScorer:
+    """Scores batches with parameters that do not change; compiled once for a shape.
+
+    Attributes:
+        policy: the model.
+        params: its parameters, on the devices.
+        mesh: where batches of host arrays are placed; None leaves that to JAX.
+    """
+
+    policy: Policy
+    params: Params
+    mesh: Mesh | None = None
+
+    def __call__(self, batch: PreferenceBatch) -> Array:
+        """`[R, G, K]` float32 summed log-probs in nats."""
+        return self._run(sequence_logps, batch)
+
+    def token_logps(self, batch: PreferenceBatch) -> Array:
+        """`[R, S]` float32 log-probs of the scored tokens in nats."""
+        return self._run(token_logps, batch)
+
+    def hidden(self, batch: PreferenceBatch) -> Array:
+        """`[R, S, D]` hidden states that predict the scored tokens."""
+        return self._run(scored_hidden, batch)
+
+    def fingerprint(self) -> str:
+        """A hash of the parameters' content and dtypes."""
+        return params_fingerprint(self.params)
+
+    def _run(self, function: Callable, batch: PreferenceBatch) -> Array:
+        batch = batch.replace(fixed_logps={}, fixed_token_logps={}, fixed_hidden={}, extras={})
+        if self.mesh is None:
+            return _jitted(function)(self.policy, self.params, batch)
+        if isinstance(batch.tokens, np.ndarray):
+            batch = place_rows(batch, self.mesh)
+        with jax.set_mesh(self.mesh):
+            return _jitted(function)(self.policy, self.params, batch)
+
+
+def make_scorer(policy: Policy, params: Params, *, mesh: Mesh | None = None) -> FixedScorer:
+    """A scorer for `policy` at fixed `params`.
+
+    Args:
+        policy: the model.
+        params: parameters, on the devices they shall run on. A training step that donates its
+            state deletes the arrays it was given: pass `paxo.snapshot(params)` where they are shared.
+        mesh: where batches of host arrays are placed.
+    """
+    return FixedScorer(policy, params, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredScorer:
+    """Looks each sequence up on disk and scores a batch only where one is missing.
+
+    A value that was stored is always the one that is used, so a run that is resumed, or another
+    one with the same frozen policy, sees the same bits. Takes batches of host arrays.
+
+    Attributes:
+        scorer: computes what the store does not hold.
+        store: opened with a fingerprint of all that the values depend on.
+    """
+
+    scorer: FixedScorer
+    store: LogpStore
+
+    def __call__(self, batch: PreferenceBatch) -> np.ndarray:
+        """`[R, G, K]` float32 summed log-probs in nats, of this process's rows."""
+        found = np.zeros(batch.where.shape, np.float32)
+        missing = self._look_up(
+            "logps", batch, lambda place, value: found.__setitem__(place, value)
+        )
+        if _anywhere(missing):
+            scored = self._local(self.scorer(batch))
+            self.store.put_many(("logps", p, c, scored[place]) for place, p, c in missing)
+            for place, _, _ in missing:
+                found[place] = scored[place]
+        return found
+
+    def token_logps(self, batch: PreferenceBatch) -> np.ndarray:
+        """`[R, S]` float32 log-probs of the scored tokens in nats, of this process's rows."""
+        found = np.zeros(batch.score_slot.shape, np.float32)
+        candidates = batch.where.shape[-1]
+
+        def at(place: tuple[int, int, int]) -> tuple[int, np.ndarray]:
+            row, g, k = place
+            return row, np.flatnonzero(batch.score_slot[row] == g * candidates + k)
+
+        missing = self._look_up(
+            "token_logps", batch, lambda p, value: found.__setitem__(at(p), value)
+        )
+        if _anywhere(missing):
+            scored = self._local(self.scorer.token_logps(batch))
+            self.store.put_many(("token_logps", p, c, scored[at(place)]) for place, p, c in missing)
+            for place, _, _ in missing:
+                found[at(place)] = scored[at(place)]
+        return found
+
+    def hidden(self, batch: PreferenceBatch) -> Array:
+        """`[R, S, D]`; hidden states are never stored: they are a thousand times larger."""
+        return self.scorer.hidden(batch)
+
+    def _look_up(self, kind: str, batch: PreferenceBatch, put: Callable) -> list[tuple]:
+        missing = []
+        for row, g, k, prompt, completion in sequence_tokens(batch):
+            value = self.store.get(kind, prompt, completion)
+            if value is None:
+                missing.append(((row, g, k), prompt, completion))
+            else:
+                put((row, g, k), value)
+        return missing
+
+    def _local(self, x: Array) -> np.ndarray:
+        if self.scorer.mesh is not None and jax.process_count() > 1:
+            x = multihost_utils.global_array_to_host_local_array(x, self.scorer.mesh, ROWS)
+        return np.asarray(x)
+
+
+def _anywhere(missing: list) -> bool:
+    """Whether any process misses a sequence: the forward pass is one program of all of them."""
+    if jax.process_count() == 1:
+        return bool(missing)
+    return bool(np.any(multihost_utils.process_allgather(np.array(bool(missing)))))
+
+
+def attach_logps(
+    batch: PreferenceBatch, role: str, scorer: Scorer, *, tokens: bool = False, hidden: bool = False
+) -> PreferenceBatch:
+    """The batch with the log-probs of a frozen policy under a role name.
+
+    Args:
+        batch: packed rows.
+        role: "reference", "previous", ... as the losses name it (`<role>_logps`).
+        scorer: the frozen policy's.
+        tokens: also attach log-probs token by token.
+        hidden: also attach the hidden states that predict the scored tokens.
+    """
+    batch = batch.replace(fixed_logps={**batch.fixed_logps, role: scorer(batch)})
+    if tokens:
+        by_token = {**batch.fixed_token_logps, role: scorer.token_logps(batch)}
+        batch = batch.replace(fixed_token_logps=by_token)
+    if hidden:
+        batch = batch.replace(fixed_hidden={**batch.fixed_hidden, role: scorer.hidden(batch)})
+    return batch
+
+
+def params_fingerprint(params: Params) -> str:
+    """A hash of names, dtypes, shapes and every bit of the parameters, computed where they lie.
+
+    >>> a = params_fingerprint({"w": jnp.arange(3.0)})
+    >>> a == params_fingerprint({"w": jnp.arange(3.0)}), a == params_fingerprint({"w": -jnp.arange(3.0)})
+    (True, False)
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        sums = np.asarray(_bit_sums(leaf))
+        digest.update(
+            f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {sums.tolist()}".encode()
+        )
+    return digest.hexdigest()
+
+
+@jax.jit
+def _bit_sums(x: Array) -> Array:
+    """Two position-dependent sums of the bits modulo 2^32: integers add up the same in any order."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+
+    def mixed(seed: int) -> Array:
+        y = (bits + jnp.uint32(seed)) * jnp.uint32(0x9E3779B1) ^ (index * jnp.uint32(0x85EBCA6B))
+        y = (y ^ (y >> 15)) * jnp.uint32(0x2C1B3C6D)
+        return jnp.sum(y ^ (y >> 13), dtype=jnp.uint32)
+
+    return jnp.stack([mixed(1), mixed(0x51ED270B)])
+
+
+@functools.cache
+def _jitted(function: Callable) -> Callable:
+    return jax.jit(function, static_argnums=0)
+
+
+def _num_slots(batch: PreferenceBatch) -> int:
+    return batch.where.shape[-2] * batch.where.shape[-1]

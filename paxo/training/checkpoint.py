@@ -1,0 +1,335 @@
+"""Checkpoints: the training state and the position in the data, written while training goes on.
+
+A thin layer over Orbax, which copies the arrays to the host before `save` returns (on CPU it holds
+them, so that a donating step writes elsewhere), writes them in the background under another name,
+and renames the folder when all is there. What a kill leaves half-written is therefore never read,
+and removed at the next start.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
+
+logger = logging.getLogger(__name__)
+
+State = TypeVar("State")
+
+
+class Checkpointer:
+    """Keeps the newest checkpoints of a run, and its best ones by a metric, in `<folder>/<step>/`.
+
+    Args:
+        folder: made if it is not there; a local path, or a bucket's address ("gs://...").
+        every: steps from one checkpoint to the next, see `due`.
+        keep: how many of the newest are kept.
+        best_metric: name of the metric by which the best are kept as well; checkpoints saved
+            without metrics take no part.
+        best_mode: whether a larger or a smaller value is better.
+        keep_best: how many of the best are kept.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int,
+        keep: int = 2,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+        keep_best: int = 1,
+    ):
+        for name, value in (("every", every), ("keep", keep), ("keep_best", keep_best)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if best_mode not in ("max", "min"):
+            raise ValueError(f"best_mode must be 'max' or 'min', got {best_mode!r}")
+        self.folder = epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
+        self.every = every
+        self.best_metric = best_metric
+        self._sign = 1.0 if best_mode == "max" else -1.0
+        self._log_filter = _AlreadyRaised()
+        _check_writable(self.folder)
+        logging.getLogger("absl").addFilter(self._log_filter)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=self._options(keep, keep_best),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def _options(self, keep: int, keep_best: int) -> ocp.CheckpointManagerOptions:
+        kept: list[Any] = [policies.LatestN(keep)]
+        if self.best_metric is not None:
+            best = policies.BestN(
+                get_metric_fn=self._quality, n=keep_best, keep_checkpoints_without_metrics=False
+            )
+            kept.append(best)
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            # Makes Orbax write the metrics; which are kept, the policy above decides.
+            best_fn=None if self.best_metric is None else self._quality,
+            cleanup_tmp_directories=True,
+        )
+
+    def _quality(self, metrics: Mapping[str, float]) -> float:
+        """Larger is better; lowest for checkpoints saved without the metric, and for NaN."""
+        value = metrics.get(self.best_metric, math.nan)
+        return -math.inf if math.isnan(value) else self._sign * value
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after this step."""
+        return step % self.every == 0
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copy the state and go on writing in the background; the next save waits for this one.
+
+        Args:
+            step: number of training steps taken. A step that is already saved is left alone.
+            state: a pytree of arrays, typed random keys among them; it may be donated afterwards.
+            data: position of the next batch to be trained on, anything JSON can say.
+            metrics: what this state was found to be worth, for `best_metric`.
+
+        Raises:
+            ValueError: the metrics lack `best_metric`.
+            OSError: the checkpoint before this one could not be written, or this one not be begun.
+        """
+        if metrics is not None and self.best_metric and self.best_metric not in metrics:
+            raise ValueError(
+                f"best_metric {self.best_metric!r} is not among the metrics {sorted(metrics)}"
+            )
+        if step in self.steps():
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))
+        )
+        self.wait()
+        with self._one_clear_line(OSError):
+            self._manager.save(step, args=args, metrics=metrics and dict(metrics), force=True)
+
+    def restore_latest(self, abstract_state: State) -> tuple[State, dict[str, Any], int] | None:
+        """The newest finished checkpoint as (state, data, step); None where there is none.
+
+        See `restore` for the arguments and errors.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        state, data = self.restore(step, abstract_state)
+        logger.info("restored step %d from %s", step, self.folder)
+        return state, data, step
+
+    def restore(self, step: int, abstract_state: State) -> tuple[State, dict[str, Any]]:
+        """State and data position of one checkpoint.
+
+        Args:
+            step: one of `steps()`.
+            abstract_state: a pytree of `jax.ShapeDtypeStruct` (or arrays) like the saved one; their
+                shardings, on any mesh, are those of the result (without one: the first device).
+
+        Raises:
+            ValueError: the checkpoint is of another model or optimiser, or it is damaged.
+        """
+        self.wait()
+        abstract_state = jax.tree.map(_abstract, abstract_state)
+        try:
+            found = self._manager.item_metadata(step)["state"].tree
+        except Exception as error:
+            raise ValueError(self._damaged(step, error)) from error
+        _check_same_arrays(f"checkpoint {self.folder / str(step)}", found, abstract_state)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()
+        )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:
+            raise ValueError(self._damaged(step, error)) from error
+        return restored["state"], dict(restored["data"])
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        return (
+            f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}): "
+            "remove that folder to go on from the one before"
+        )
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, the one being written included."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps()`."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step whose `best_metric` is best; None where no checkpoint has it."""
+        return self._manager.best_step()
+
+    def wait(self) -> None:
+        """Return when everything is on the disk.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
+        """
+        with self._one_clear_line(Exception):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and stop the background threads."""
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._log_filter)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _one_clear_line(self, errors: type[Exception]) -> Iterator[None]:
+        try:
+            yield
+        except errors as error:
+            _remove_unfinished(self.folder)
+            self._manager.reload()
+            last = self.latest_step()
+            kept = "no checkpoint was finished" if last is None else f"step {last} is kept"
+            raise OSError(
+                f"cannot write a checkpoint in {self.folder} ({_reason(error)}): make room there "
+                f"or choose another folder, and run the same command again; {kept}"
+            ) from error
+
+
+class _AlreadyRaised(logging.Filter):
+    """Drops the tracebacks that Orbax logs from its threads: the error itself is raised too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from_orbax = "orbax" in record.pathname
+        no_metrics = "did not provide metrics" in str(record.msg)
+        return not (from_orbax and (record.levelno >= logging.ERROR or no_metrics))
+
+
+def _check_writable(folder: epath.Path) -> None:
+    """Make the folder and write a file in it: better now than after the first hundred steps."""
+    if jax.process_index() != 0:
+        return
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"checkpoints cannot be written to {folder} ({error.strerror or error}): "
+            "choose a folder that can be written"
+        ) from error
+
+
+def _remove_unfinished(folder: epath.Path) -> None:
+    if jax.process_index() == 0:
+        for path in folder.glob("*.orbax-checkpoint-tmp*"):
+            path.rmtree()
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of an array or of something like it."""
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_same_arrays(where: str, found: Any, wanted: Any) -> None:
+    """Raise a ValueError that names the first array which differs in place, shape or dtype."""
+    there, here = _described(found), _described(wanted)
+    differ = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    if not differ:
+        return
+    # A parameter says more than the moments of the optimiser that follow from it.
+    name = min(differ, key=lambda name: (not name.startswith("params/"), name))
+    before, now = (arrays.get(name, "absent") for arrays in (there, here))
+    raise ValueError(
+        f"{where} is of another model or optimiser: {name} is {before} there and {now} here "
+        f"({len(differ)} of {len(there | here)} arrays differ): "
+        "go back to the settings it was made with, or choose another folder"
+    )
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """`{"params/layers/w": "float32[512, 64]"}` for each array; keys as the data they hold."""
+
+    def describe(leaf: Any) -> str:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        return f"{jax.numpy.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): describe(leaf)
+        for path, leaf in leaves
+    }
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system said, where Orbax passed it on, or the error's first line."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return os.strerror(int(code.group(1)))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read_params(folder: str | os.PathLike[str], step: int | None = None) -> Any:
+    """The trained parameters of one checkpoint, on the first device, and nothing else of it.
+
+    Args:
+        folder: of the checkpoints.
+        step: which one; the newest where None.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint; the message names those there are.
+    """
+    path = epath.Path(folder)
+    names = [p.name for p in path.iterdir()] if path.exists() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    step = max(steps, default=None) if step is None else step
+    if step not in steps:
+        raise FileNotFoundError(
+            f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; there are {steps}"
+        )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        where = path / str(step) / "state"
+        found = reader.metadata(where).item_metadata.tree["params"]
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = {
+            "params": jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), found
+            )
+        }
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+        return reader.restore(where, args=args)["params"]

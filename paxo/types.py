@@ -1,0 +1,179 @@
+"""Every type that crosses a module boundary, in one place.
+
+Axes, used in all shape comments:
+
+    R rows of a batch          L tokens in a row         S scored tokens in a row
+    G groups in a row          K candidates of a group   T tokens of a completion
+    B prompts                  P tokens of a prompt      V vocabulary      D width of the model
+
+A *group* is one prompt with its K candidate completions; a *row* packs several groups. Log-probs are in nats.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+
+
+def pytree(cls: type) -> type:
+    """A frozen dataclass that is a JAX pytree; fields with `metadata={"static": True}` are not leaves."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def static_field(**kwargs: Any) -> Any:
+    """A field of a `pytree` that is part of the structure (compared when traced), not an array."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@pytree
+class PreferenceBatch:
+    """Packed rows of prompts with their candidate completions: the only layout that is trained or scored.
+
+    A token attends to the tokens at or before it in its row that have the same `group` (not 0) and a `branch` that
+    is 0 or its own, so a prompt is computed once for all its candidates and groups never see one another.
+
+    Every array leads with R: rows shard over devices and hosts.
+
+    Attributes:
+        tokens: `[R, L]` int32 token ids, completions with their last token (EOS included); 0 on padding.
+        positions: `[R, L]` int32 position of a token in its own sequence; a completion goes on where its prompt ends.
+        group: `[R, L]` int32, 1..G, and 0 on padding.
+        branch: `[R, L]` int32, 0 on prompt tokens and 1..K on the tokens of completion k.
+        score_from: `[R, S]` int32 index in the row whose hidden state predicts the scored token.
+        score_token: `[R, S]` int32 token scored there; the EOS of a finished completion included.
+        score_slot: `[R, S]` int32 `g * K + k` with g, k from 0, and `G * K` on padding. The tokens of a candidate
+            lie side by side in their order.
+        labels: `[R, G, K]` float32 grades: (1, 0) for a hard pair, win rates, ±1 desirability or any relevance.
+        where: `[R, G, K]` bool, False where there is no candidate.
+        fixed_logps: role -> `[R, G, K]` float32 log-probs of a frozen policy, attached by a scorer.
+        fixed_token_logps: role -> `[R, S]` float32, the same by token.
+        fixed_hidden: role -> `[R, S, D]` hidden states that predict the scored tokens.
+        extras: name -> `[R, G, ...]` any other array that a loss names.
+        max_completion: static, T of the token-level arrays `[R, G, K, T]`.
+    """
+
+    tokens: Array
+    positions: Array
+    group: Array
+    branch: Array
+    score_from: Array
+    score_token: Array
+    score_slot: Array
+    labels: Array
+    where: Array
+    fixed_logps: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    fixed_token_logps: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    fixed_hidden: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    max_completion: int = static_field(default=0)
+
+    def replace(self, **changes: Any) -> "PreferenceBatch":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@pytree
+class PromptBatch:
+    """Prompts to be completed, right-padded.
+
+    Attributes:
+        tokens: `[B, P]` int32, each prompt from column 0.
+        lengths: `[B]` int32 tokens of each prompt, at least 1.
+        ids: `[B]` int32 number of the prompt in its data set: the random key of a row is made from it.
+    """
+
+    tokens: Array
+    lengths: Array
+    ids: Array
+
+
+@pytree
+class Completions:
+    """What a sampler drew for each prompt.
+
+    Attributes:
+        tokens: `[B, K, T]` int32, the stop token included, 0 after it.
+        mask: `[B, K, T]` bool, True on drawn tokens.
+        logps: `[B, K, T]` float32 log-prob of each token under the distribution it was drawn from, 0 where masked.
+        finished: `[B, K]` bool, True where a stop token ended the completion and False where the length limit did.
+    """
+
+    tokens: Array
+    mask: Array
+    logps: Array
+    finished: Array
+
+
+class Decode(NamedTuple):
+    """A policy's cached decoding: the prompt is computed once, its K candidates share it.
+
+    Attributes:
+        prefill: `(params, tokens [B, P], lengths [B], num_candidates, max_new) -> (cache, hidden [B, D])`, the hidden
+            state that predicts the first new token.
+        step: `(params, cache, tokens [B, K], index) -> (cache, hidden [B, K, D])` after the index-th new token.
+    """
+
+    prefill: Callable[..., tuple[Any, Array]]
+    step: Callable[..., tuple[Any, Array]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Policy:
+    """A language model as pure functions; its parameters are a pytree that travels beside it.
+
+    Compared and hashed by identity, so that it can be a static argument of a jitted function.
+
+    Attributes:
+        init: `(key) -> params`.
+        trunk: `(params, tokens, positions, group, branch: all [R, L]) -> hidden [R, L, D]`.
+        head: `(params, hidden [..., D]) -> logits [..., V]`, at least float32.
+        unembed: `(params) -> [D, V]`, the matrix of the head; scoring works on it in chunks.
+        logical_axes: a pytree like params with a tuple of axis names for each array.
+        decode: prefill and step over a key-value cache.
+        heads: name -> `(params, hidden [..., D]) -> [...]`, extra trained outputs whose parameters lie under
+            `params["heads"][name]`.
+    """
+
+    init: Callable[[Array], Params]
+    trunk: Callable[..., Array]
+    head: Callable[[Params, Array], Array]
+    unembed: Callable[[Params], Array]
+    logical_axes: Any
+    decode: Decode
+    heads: Mapping[str, Callable[[Params, Array], Array]] = dataclasses.field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Log-probs of a fixed policy for the candidates of a batch; the protocol need not be subclassed."""
+
+    def __call__(self, batch: PreferenceBatch) -> Array:
+        """`[R, G, K]` float32 summed log-probs in nats, 0 where there is no candidate."""
+        ...
+
+
+class Sampler(Protocol):
+    """Draws completions."""
+
+    def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Completions:
+        """K completions for each prompt; a row's draw depends on the key, its prompt id, candidate and position."""
+        ...
+
+
+class Judge(Protocol):
+    """Compares completions of the same prompt."""
+
+    def __call__(self, prompts: Any, completions: Any, wanted: Array | None = None) -> Array:
+        """`[B, K, K]` probability that candidate i beats j; `wanted [K, K]` names the comparisons to be read."""
+        ...
+
+
+class Pairing(Protocol):
+    """Chooses, from the judged candidates of each prompt, those that are trained on."""
+
+    def __call__(self, preferences: Array, completions: Completions, key: Array) -> Any:
+        """Indices and labels of the chosen candidates."""
+        ...

@@ -1,0 +1,21 @@
+"""Shared fixtures; eight CPU devices, so that meshes are tested on every machine."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """The folder of real data sets: `PAXO_DATA`, or `../shared/data` beside the project."""
+    folder = pathlib.Path(os.environ.get("PAXO_DATA", PROJECT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data not found at {folder}: set PAXO_DATA to the folder of data sets")
+    return folder
