@@ -32,7 +32,7 @@ HUMAN_ASSISTANT = (
 
 
 def experiment() -> Experiment:
-    """Settings of a 1B model on one accelerator; the learning rate is that of the DPO paper's code."""
+    """Settings of a 1B model on one accelerator, with the learning rate of the authors' code."""
     return Experiment(
         objective=paxo.objective("dpo", beta=0.1),
         optimizer=paxo.adamw(5e-7, warmup_steps=20, schedule="linear"),

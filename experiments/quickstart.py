@@ -22,8 +22,9 @@ import jax
 import numpy as np
 
 import paxo
-from paxo import artifacts, metrics, runs
+from paxo import artifacts, loading, metrics, runs
 from paxo.data.batching import Batches
+from paxo.data.packing import RowShape
 from paxo.data.records import Record, TokenGroup
 from paxo.data.tokenise import load_tokenizer, tokenise
 from paxo.evaluation.report import plot_reward_kl, print_table, write_results
@@ -32,17 +33,22 @@ from paxo.experiment import DataSettings, Experiment, ModelSettings, TrainSettin
 from paxo.judges import RuleJudge
 from paxo.sampling import SamplingConfig, make_sampler
 from paxo.scoring import FixedScorer, attach_logps, make_scorer
+from paxo.training.optimizers import AdamW
 
 logger = logging.getLogger(__name__)
 
-THINGS = "film book song hotel meal phone game show cafe museum play camera".split()
-PARTS = "start end middle sound look price service staff story design idea view".split()
+THINGS = (
+    "film", "book", "song", "hotel", "meal", "phone", "game", "show", "cafe", "museum", "camera",
+)  # fmt: skip
+PARTS = (
+    "start", "end", "sound", "look", "price", "service", "staff", "story", "design", "view",
+)  # fmt: skip
 SENTIMENT = {
     "superb": 1.0, "lovely": 1.0, "great": 1.0, "good": 0.5, "nice": 0.5, "fine": 0.5,
     "plain": 0.0, "long": 0.0, "new": 0.0, "small": 0.0, "usual": 0.0, "quiet": 0.0,
     "dull": -0.5, "weak": -0.5, "poor": -0.5, "awful": -1.0, "ugly": -1.0, "horrid": -1.0,
 }  # fmt: skip
-GLUE = "review of the : was and but very a with i found it".split()
+GLUE = ("review", "of", "the", ":", "was", "and", "but", "very", "a", "with", "i", "found")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
@@ -60,22 +66,20 @@ class Quickstart(Experiment):
         max_new_tokens: longest completion.
     """
 
-    sft_train: TrainSettings = TrainSettings(200, rows_per_batch=8, log_every=10)
-    sft_optimizer: paxo.training.optimizers.AdamW = paxo.adamw(
-        3e-3, warmup_steps=20, schedule="cosine"
-    )
+    sft_train: TrainSettings = dataclasses.field(default_factory=lambda: TrainSettings(1))
+    sft_optimizer: AdamW = dataclasses.field(default_factory=lambda: paxo.adamw(1e-3))
     num_reviews: int = 4096
-    num_prompts: int = 1024
+    num_prompts: int = 2048
     num_candidates: int = 4
-    num_eval_prompts: int = 256
+    num_eval_prompts: int = 512
     max_new_tokens: int = 32
 
 
 def experiment() -> Quickstart:
     """The settings; any of them can be changed by `--set`."""
     return Quickstart(
-        objective=paxo.objective("dpo", beta=0.1),
-        optimizer=paxo.adamw(5e-4, warmup_steps=10, schedule="linear"),
+        objective=paxo.objective("dpo", beta=0.2),
+        optimizer=paxo.adamw(1e-3, warmup_steps=10, schedule="linear"),
         model=ModelSettings(
             config=paxo.ModelConfig(
                 vocab_size=len(vocabulary()), hidden_size=96, num_layers=3, num_heads=4,
@@ -83,7 +87,11 @@ def experiment() -> Quickstart:
             )
         ),
         data=DataSettings(row_length=256),
-        train=TrainSettings(180, rows_per_batch=8, log_every=10, evaluate_every=30, checkpoint_every=60),
+        train=TrainSettings(
+            150, rows_per_batch=8, log_every=10, evaluate_every=25, checkpoint_every=50
+        ),
+        sft_optimizer=paxo.adamw(3e-3, warmup_steps=20, schedule="cosine"),
+        sft_train=TrainSettings(200, rows_per_batch=8, log_every=10),
     )  # fmt: skip
 
 
@@ -187,7 +195,7 @@ def reviews(settings: Quickstart) -> list[Record]:
     """Supervised examples."""
     rng = np.random.default_rng([settings.train.seed, 1])
     return [
-        Record(prompt_of(rng), (review_of(rng),), (1.0,), source=f"review {i + 1}")
+        Record(prompt_of(rng), (" " + review_of(rng),), (1.0,), source=f"review {i + 1}")
         for i in range(settings.num_reviews)
     ]
 
@@ -223,12 +231,14 @@ def save_tokenizer(folder: pathlib.Path) -> None:
     ).save_pretrained(folder)
 
 
-def make_model(settings: Quickstart, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> runs.Model:
+def make_model(
+    settings: Quickstart, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> loading.Model:
     """The decoder with random parameters, and the word tokenizer."""
     folder = workdir / "tokenizer"
     save_tokenizer(folder)
     model = dataclasses.replace(settings.model, tokenizer=str(folder))
-    made = runs.load_model(model, mesh, settings.train.seed)
+    made = loading.load_model(model, mesh, settings.train.seed)
     prompts = tokenise(reviews(settings)[:4], made.tokenizer).groups
     artifacts.save_model_card(workdir, made.config, made.tokenizer, folder, prompts)
     return made
@@ -236,8 +246,8 @@ def make_model(settings: Quickstart, workdir: pathlib.Path, mesh: jax.sharding.M
 
 def rows_of(groups: list[TokenGroup], settings: Quickstart, train: TrainSettings) -> Batches:
     """The groups as packed batches."""
-    shape = runs.row_shape(groups, settings.data, settings.model.config)
-    return runs.batches(runs.Data(groups, [], shape), settings.data, train)
+    shape = loading.row_shape(groups, settings.data, settings.model.config)
+    return loading.batches(loading.Data(groups, [], shape), settings.data, train)
 
 
 class Drawer:
@@ -245,7 +255,7 @@ class Drawer:
 
     BATCH = 128
 
-    def __init__(self, model: runs.Model, settings: Quickstart, key: jax.Array):
+    def __init__(self, model: loading.Model, settings: Quickstart, key: jax.Array):
         self.model, self.settings, self.key = model, settings, key
         self.samplers = {}
 
@@ -329,10 +339,12 @@ def evaluate(
     """True reward and sequence KL to the SFT model, a Monte-Carlo mean over drawn completions."""
     groups = draw(params, prompts, 1, salt)
     kls = []
-    shape = runs.row_shape(groups, draw.settings.data, draw.model.config)
+    # One shape for all evaluations, so that the scorer compiles once.
+    length = draw.settings.data.row_length
+    shape = RowShape(length, length, length // 8, 1, draw.settings.max_new_tokens)
     scorer = make_scorer(draw.model.policy, params, mesh=reference.mesh)
     rows = draw.settings.train.rows_per_batch
-    for batch in runs.heldout_batches(runs.Data([], groups, shape), rows):
+    for batch in loading.heldout_batches(loading.Data([], groups, shape), rows):
         ratio = np.asarray(scorer(batch)) - np.asarray(reference(batch))
         kls.append(ratio[batch.where])
     rewards = np.array([group.labels[0] for group in groups])

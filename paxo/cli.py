@@ -36,7 +36,7 @@ USER_ERRORS = (
     NotADirectoryError,
     IsADirectoryError,
 )
-USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if _is_non_finite_loss(error):
             return _fail(_one_line(error), NON_FINITE, debug)
-        if isinstance(error, USER_ERRORS) or getattr(error, "errno", None) in USER_ERRNOS:
+        if isinstance(error, USER_ERRORS) or _is_users_os_error(error):
             return _fail(_one_line(error), WRONG_USE, debug)
         traceback.print_exc()
         return CRASHED
@@ -166,6 +166,7 @@ def set_up_logging(verbose: bool) -> None:
         handlers=[handler], level=logging.INFO if verbose else logging.WARNING, force=True
     )
     logging.getLogger("paxo").setLevel(logging.DEBUG if verbose else logging.INFO)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses PyTorch, we do not
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is no fault
     for noisy in ("orbax", "jax", "httpx", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -306,6 +307,11 @@ def _is_non_finite_loss(error: Exception) -> bool:
     # Only a loaded module can have raised it, and importing it here would import jax.
     loop = sys.modules.get("paxo.training.loop")
     return loop is not None and isinstance(error, loop.NonFiniteLossError)
+
+
+def _is_users_os_error(error: Exception) -> bool:
+    # One without a number is paxo's own, raised with a text that names file and way out.
+    return isinstance(error, OSError) and error.errno in (None, *USER_ERRNOS)
 
 
 def _one_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from paxo.data.limits import TokenLimits
 from paxo.models.config import Float, ModelConfig, Remat
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError, apply_overrides
-from paxo.provenance import log_to, write_run_folder
+from paxo.provenance import forget_unless_begun, log_to, write_run_folder
 from paxo.training.optimizers import AdamW
 
 
@@ -66,7 +66,7 @@ class DataSettings:
     path: str | None = None
     heldout_path: str | None = None
     heldout: float = 0.1
-    limits: TokenLimits = TokenLimits()
+    limits: TokenLimits = dataclasses.field(default_factory=TokenLimits)
     on_error: Literal["raise", "skip"] = "raise"
     extras: tuple[str, ...] = ()
     max_records: int | None = None
@@ -155,7 +155,7 @@ class ReferenceSettings:
         path: folder or hub name of another model of the same family and tokenizer; None takes the
             weights that training starts from.
         store: folder in which its log-probs are kept, so that they are computed once for all
-            epochs and runs; None takes `<workdir>/logps`. "none" computes them in every step.
+            epochs and runs; None takes `<workdir>/logps`, "off" computes them in every step.
     """
 
     path: str | None = None
@@ -241,8 +241,13 @@ def run_file(
     workdir = pathlib.Path(workdir)
     if jax.process_index() == 0:
         write_run_folder(workdir, file, settings, overrides)
-    with log_to(workdir):
-        _runner(module)(settings, workdir)
+    try:
+        with log_to(workdir):
+            _runner(module)(settings, workdir)
+    except Exception:
+        if jax.process_index() == 0:
+            forget_unless_begun(workdir)
+        raise
 
 
 def inspect_file(file: str | pathlib.Path, overrides: Sequence[str], num: int) -> None:

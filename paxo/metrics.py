@@ -32,8 +32,9 @@ def accuracies(chosen: Array, rejected: Array) -> Array:
 def best_and_worst(labels: Array, where: Array) -> tuple[Array, Array, Array]:
     """Indices `[...]` of the highest and the lowest label, and whether they differ.
 
-    >>> best, worst, differ = best_and_worst(jnp.array([[1., 3., 2.]]), jnp.array([[True, True, False]]))
-    >>> int(best[0]), int(worst[0]), bool(differ[0])
+    >>> labels, where = jnp.array([1.0, 3.0, 2.0]), jnp.array([True, True, False])
+    >>> best, worst, differ = best_and_worst(labels, where)
+    >>> int(best), int(worst), bool(differ)
     (1, 0, True)
     """
     high, low = masked(labels, where, -jnp.inf), masked(labels, where, jnp.inf)

@@ -1,7 +1,8 @@
 """Masks, means and stable logarithms: the one place where padding is dealt with.
 
-A mask is applied to the *inputs* of a formula, not to its result: `where(valid, f(x), 0)` still differentiates `f` at
-the padding, and a NaN there reaches the gradient. So: mask, compute, mask again.
+A mask is applied to the *inputs* of a formula, not to its result: `where(valid, f(x), 0)` still
+differentiates `f` at the padding, and a NaN there reaches the gradient. So: mask, compute, mask
+again.
 
 >>> import jax.numpy as jnp
 >>> total = Mean(jnp.array(6.0), jnp.array(3.0)) + Mean(jnp.array(2.0), jnp.array(1.0))
@@ -23,12 +24,13 @@ LOG_2 = 0.6931471805599453
 class Mean:
     """An average that is still a total and a count.
 
-    Means of unequal parts (microbatches, devices, hosts) cannot be averaged; totals and counts can be added. The
-    quotient is taken once, when the figure is written.
+    Means of unequal parts (microbatches, devices, hosts) cannot be averaged; totals and counts can
+    be added. The quotient is taken once, when the figure is written.
 
     Attributes:
         total: `[...]` sum of the values.
-        count: `[...]` number (or weight) of the values; it follows from masks alone and carries no gradient.
+        count: `[...]` number (or weight) of the values; it follows from masks alone and carries no
+            gradient.
     """
 
     total: Array
@@ -52,13 +54,13 @@ class Mean:
 
 
 def at_least_float32(x: Array) -> Array:
-    """`x` as float32, or as float64 if it is that: losses compute in no less, and exact games need the latter."""
+    """`x` as float32, or float64 if it is that: losses compute in no less, exact games in that."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def masked(x: Array, where: Array | None, fill: float = 0.0) -> Array:
-    """`x` with `fill` where `where` is False; neither the value nor the gradient sees what stood there."""
+    """`x` with `fill` where `where` is False; no gradient sees what stood there."""
     return x if where is None else jnp.where(where, x, jnp.asarray(fill, x.dtype))
 
 
@@ -78,7 +80,8 @@ def safe_divide(numerator: Array, denominator: Array) -> Array:
 
 
 def log1mexp(x: Array) -> Array:
-    """log(1 - e^x) for x < 0, exact near 0 and for very negative x; x above -1e-7 is taken as -1e-7.
+    """log(1 - e^x) for x < 0, exact near 0 and for very negative x; x above -1e-7 is taken as
+    -1e-7.
 
     >>> import math
     >>> math.isclose(log1mexp(jnp.array(-1e-3)), math.log(-math.expm1(-1e-3)), rel_tol=1e-6)
@@ -93,7 +96,7 @@ def log1mexp(x: Array) -> Array:
 
 
 def logsumexp(x: Array, axis: int = -1, where: Array | None = None) -> Array:
-    """log Σ e^x over the entries where `where` is True; the dtype's lowest value where there is none."""
+    """log Σ e^x over the entries where `where` is True; the lowest float where there is none."""
     if where is None:
         return jax.nn.logsumexp(x, axis=axis)
     some = jnp.any(where, axis=axis)

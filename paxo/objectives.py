@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from paxo.losses import likelihood, pairwise
-from paxo.losses.contract import Range
+from paxo.losses.contract import Range, Real
 from paxo.numerics import Array, Mean
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 # Other trainers' names for the same formulas.
 ALIASES = {"sft": "nll", "sigmoid": "dpo"}
+
+# "Authors et al. year, arXiv:number" in a docstring, with the equation where it is named.
+PAPER = re.compile(
+    r"[\w’'-]+(?: et al\.| and [\w’'-]+)? \d{4}, arXiv:\d{4}\.\d{4,5}(?:, Eqs?\. [\d–-]+)?"
+)
 
 # Who provides an array, by its name. Anything else is looked up in the batch's `extras`.
 SUMMED = ("policy_logps", "lengths")
@@ -122,20 +128,26 @@ class Objective:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether a loss couples groups, so that it must see the whole global batch at once."""
-        return any(getattr(term.loss, "whole_batch", False) for term in self.terms)
+        """Whether a loss must see the whole global batch at once.
+
+        Those that couple groups must, and those that draw random numbers: their draws would
+        otherwise depend on how the batch is split.
+        """
+        return any(
+            getattr(term.loss, "whole_batch", False) or "key" in term.arrays for term in self.terms
+        )
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
         """Of a single loss its own; of a sum `{loss.name: value}`, weights included."""
-        if len(self.terms) == 1:
+        if self._plain:
             return dict(self.terms[0].hyper_parameters)
         named = {f"{t.name}.{k}": v for t in self.terms for k, v in t.hyper_parameters.items()}
         return named | {f"{t.name}.weight": t.weight for t in self.terms}
 
     @property
     def reward_scale(self) -> float:
-        """Factor of the implicit reward: beta of the first loss (tau, where the paper calls it so)."""
+        """Factor of the implicit reward: beta of the first loss (or tau, if that is its name)."""
         hyper = self.terms[0].hyper_parameters
         return float(hyper.get("beta", hyper.get("tau", 1.0)))
 
@@ -150,28 +162,36 @@ class Objective:
 
     def field_names(self) -> dict[str, Any]:
         """Name of each setting -> its type, for overrides such as `objective.beta=0.2`."""
-        if len(self.terms) == 1:
+        if self._plain:
             return _annotations(self.terms[0])
         named = {f"{t.name}.{k}": kind for t in self.terms for k, kind in _annotations(t).items()}
         return named | {f"{t.name}.weight": float for t in self.terms}
 
     def with_field(self, name: str, value: Any) -> "Objective":
-        """This objective with one hyper-parameter changed, checked again."""
-        if len(self.terms) == 1:
-            term = self.terms[0]
-            return objective(term.name, **{**term.hyper_parameters, name: value})
+        """This objective with one hyper-parameter or weight changed, checked again."""
         which, _, field = name.partition(".")
-        changed = []
-        for term in self.terms:
-            if term.name != which:
-                changed.append((Objective((dataclasses.replace(term, weight=1.0),)), term.weight))
-            elif field == "weight":
-                changed.append((Objective((dataclasses.replace(term, weight=1.0),)), value))
-            else:
-                changed.append(
-                    (objective(term.name, **{**term.hyper_parameters, field: value}), term.weight)
-                )
-        return weighted_sum(*changed)
+        if self._plain:
+            which, field = self.terms[0].name, name
+        names = [term.name for term in self.terms]
+        if which not in names:
+            raise ValueError(
+                f"objective {self.name!r} has no loss {which!r}; it holds {', '.join(names)}"
+            )
+        terms = list(self.terms)
+        term = terms[names.index(which)]
+        if field == "weight" and not self._plain:
+            _check_value(f"weight of {which!r}", value, Real)
+            changed = dataclasses.replace(term, weight=value)
+        else:
+            hyper = _bound(which, term.loss, {**term.hyper_parameters, field: value})
+            changed = dataclasses.replace(term, hyper_parameters=hyper)
+        terms[names.index(which)] = changed
+        return Objective(tuple(terms))
+
+    @property
+    def _plain(self) -> bool:
+        """Whether it is one loss without a weight, whose settings need no prefix."""
+        return len(self.terms) == 1 and self.terms[0].weight == 1
 
 
 def objective(name: str, **hyper_parameters: Any) -> Objective:
@@ -197,25 +217,7 @@ def objective(name: str, **hyper_parameters: Any) -> Objective:
         raise ValueError(
             f"unknown objective {name!r}{nearest(name, LOSSES)} `paxo methods` lists all."
         )
-    loss = LOSSES[name]
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(loss).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("where", *FROM_STEP)
-    }
-    hints = typing.get_type_hints(loss, include_extras=True)
-    for key, value in hyper_parameters.items():
-        if key not in defaults:
-            known = ", ".join(defaults) or "none"
-            raise ValueError(
-                f"objective {name!r} has no hyper-parameter {key!r}{nearest(key, defaults)} It has: {known}"
-            )
-        _check_value(f"objective {name!r}: {key}", value, hints[key])
-    bound = defaults | hyper_parameters
-    missing = [key for key, value in bound.items() if value is inspect.Parameter.empty]
-    if missing:
-        raise ValueError(f"objective {name!r} needs {', '.join(missing)}: it has no default")
-    return Objective((Term(name, loss, bound),))
+    return Objective((Term(name, LOSSES[name], _bound(name, LOSSES[name], hyper_parameters)),))
 
 
 def weighted_sum(*weighted: tuple[Objective, float]) -> Objective:
@@ -239,7 +241,7 @@ def weighted_sum(*weighted: tuple[Objective, float]) -> Objective:
             raise TypeError(
                 f"weighted_sum takes (objective, weight) pairs; got {type(summand).__name__}"
             )
-        _check_value(f"weight of {summand.name!r}", weight, typing.Annotated[float, Range()])
+        _check_value(f"weight of {summand.name!r}", weight, Real)
         terms += [dataclasses.replace(term, weight=term.weight * weight) for term in summand.terms]
     names = [term.name for term in terms]
     twice = {name for name in names if names.count(name) > 1}
@@ -254,12 +256,12 @@ def method_table() -> list[dict[str, Any]]:
     for name in sorted(LOSSES):
         term = objective(name).terms[0]
         text = inspect.getdoc(term.loss) or ""
-        papers = [line.strip() for line in text.splitlines() if "arXiv:" in line]
+        paper = PAPER.search(" ".join(text.split()))
         rows.append(
             {
                 "name": name,
                 "summary": text.partition("\n")[0],
-                "paper": papers[0] if papers else "",
+                "paper": paper[0] if paper else "",
                 "inputs": [array for array in term.arrays if array != "where"],
                 "hyper_parameters": dict(term.hyper_parameters),
             }
@@ -271,6 +273,28 @@ def nearest(name: str, known: Any) -> str:
     """`; did you mean 'x'?` for the closest of the known names, or `.`."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _bound(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every hyper-parameter of the loss with its value, given or default; the given are checked."""
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("where", *FROM_STEP)
+    }
+    hints = typing.get_type_hints(loss, include_extras=True)
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(
+                f"objective {name!r} has no hyper-parameter {key!r}{nearest(key, defaults)} "
+                f"It has: {', '.join(defaults) or 'none'}"
+            )
+        _check_value(f"objective {name!r}: {key}", value, hints[key])
+    bound = defaults | dict(given)
+    missing = [key for key, value in bound.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(f"objective {name!r} needs {', '.join(missing)}: it has no default")
+    return bound
 
 
 def _annotations(term: Term) -> dict[str, Any]:

@@ -90,6 +90,18 @@ def write_run_folder(
     return resumes
 
 
+def forget_unless_begun(workdir: str | os.PathLike[str]) -> None:
+    """Makes the folder free for other settings again if the run in it failed before its first step.
+
+    Else who mistyped a path would be told, with the right one, that another run lies there.
+    """
+    folder = pathlib.Path(workdir)
+    begun = [path for path in folder.rglob("metrics.jsonl") if path.stat().st_size]
+    begun += folder.rglob("checkpoints/*")
+    if not begun:
+        (folder / "config.json").unlink(missing_ok=True)
+
+
 def environment(experiment_file: str | os.PathLike[str]) -> dict[str, Any]:
     """Versions, git commit of the experiment file, devices and variables; starts jax's backend."""
     import jax

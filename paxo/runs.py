@@ -5,11 +5,10 @@
 
 import dataclasses
 import functools
-import hashlib
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,20 +16,25 @@ from jax.sharding import Mesh
 
 from paxo import artifacts
 from paxo.data import inspect as inspect_lib
-from paxo.data.batching import Batches, DataState, epoch_batches
-from paxo.data.packing import choose_shape, group_sizes, packing_overhead
-from paxo.data.records import Record, TokenGroup
-from paxo.data.row_shape import RowShape
+from paxo.data.batching import Batches, DataState
+from paxo.data.packing import group_sizes, packing_overhead
 from paxo.data.sources import load_records
-from paxo.data.tokenise import TextTokenizer, TokenisedSet, load_tokenizer, tokenise
+from paxo.data.tokenise import load_tokenizer, tokenise
 from paxo.evaluation.estimates import Estimate
-from paxo.evaluation.heldout import reward_accuracy
+from paxo.evaluation.heldout import nll_per_token, reward_accuracy
 from paxo.evaluation.report import print_table, write_results
-from paxo.experiment import DataSettings, Experiment, ModelSettings, TrainSettings
+from paxo.experiment import Experiment, TrainSettings
+from paxo.loading import (
+    Model,
+    batches,
+    heldout_batches,
+    load_data,
+    load_model,
+    row_shape,
+    token_limits,
+)
 from paxo.logp_store import LogpStore
-from paxo.models.config import ModelConfig
-from paxo.models.policy import make_policy, param_shapes
-from paxo.models.pretrained import load_params, read_config, resolve_model
+from paxo.models.pretrained import read_config, resolve_model
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError
@@ -48,34 +52,6 @@ logger = logging.getLogger(__name__)
 Attach = Callable[[PreferenceBatch], PreferenceBatch]
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A policy with its first parameters on a mesh, and what they were made from.
-
-    Attributes:
-        policy: the model.
-        config: its shape.
-        params: its parameters.
-        tokenizer: its tokenizer.
-        folder: where weights or tokenizer came from, for the export.
-    """
-
-    policy: Policy
-    config: ModelConfig
-    params: Params
-    tokenizer: TextTokenizer
-    folder: pathlib.Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Tokenised groups, those held out, and the shape of the rows they are packed in."""
-
-    groups: Sequence[TokenGroup]
-    heldout: Sequence[TokenGroup]
-    shape: RowShape
-
-
 def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """One training run on preferences, with held-out accuracy before and after, and an export.
 
@@ -86,6 +62,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     mesh = _mesh(settings)
     model = load_model(settings.model, mesh, settings.train.seed)
     data = load_data(settings.data, model)
+    check_candidates(settings.objective, data.shape.candidates)
     artifacts.save_model_card(
         workdir, model.config, model.tokenizer, model.folder, data.heldout or data.groups
     )
@@ -95,15 +72,31 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     )
     attach = functools.partial(_attached, settings.objective, reference) if reference else None
 
-    def evaluate_params(params: Params) -> Estimate:
-        batches = heldout_batches(data, settings.train.rows_per_batch)
+    pairs = any(len(group.labels) > 1 for group in data.heldout)
+    figure = "heldout_accuracy" if pairs else "heldout_nll"
+
+    def measure(params: Params) -> Estimate | None:
+        if not data.heldout:
+            return None
         scorer = make_scorer(model.policy, params, mesh=mesh)
+        rows = heldout_batches(data, settings.train.rows_per_batch)
+        if not pairs:
+            return nll_per_token(scorer, rows)
         return reward_accuracy(
-            scorer, map(attach or (lambda b: b), batches), **_reward(settings.objective)
+            scorer,
+            rows if attach is None else map(attach, rows),
+            scale=settings.objective.reward_scale,
+            per_token=settings.objective.reward_per_token,
         )
 
-    measured = any(len(group.labels) > 1 for group in data.heldout)
-    before = evaluate_params(first) if measured else None
+    measured: dict[int, Estimate | None] = {}
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        found = measured[int(state.step)] = measure(state.params)
+        name = "eval/rewards/accuracies" if pairs else "eval/loss"
+        return {} if found is None else {name: found.value}
+
+    before = measure(first)
     state = train(
         model.policy,
         model.params,
@@ -114,18 +107,20 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         mesh,
         workdir,
         attach=attach,
-        evaluate=lambda state: _metrics(evaluate_params(state.params)) if measured else {},
+        evaluate=evaluate,
     )
-    after = evaluate_params(state.params) if measured else None
+    if int(state.step) not in measured:  # a finished run was started again
+        evaluate(state)
+    after = measured[int(state.step)]
     results: dict[str, Any] = {"num_steps": settings.train.num_steps}
     if before is not None and after is not None:
         results |= {
-            "heldout_accuracy": {"before": before.value, "after": after.value},
-            "heldout_accuracy_interval": {
+            figure: {"before": before.value, "after": after.value},
+            f"{figure}_interval": {
                 "before": [before.low, before.high],
                 "after": [after.low, after.high],
             },
-            "heldout_pairs": after.count,
+            f"heldout_{'pairs' if pairs else 'examples'}": after.count,
         }
     if settings.export:
         artifacts.export_model(
@@ -134,12 +129,8 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     results["seconds"] = time.perf_counter() - start
     if jax.process_index() == 0:
         write_results(workdir / "results.json", results)
-        rows = [("before", before), ("after", after)] if before else []
-        table = [(name, e.value, f"[{e.low:.3f}, {e.high:.3f}]", str(e.count)) for name, e in rows]
-        if table:
-            print_table(
-                "held-out reward accuracy", ("", "accuracy", "95 % interval", "pairs"), table
-            )
+        if before is not None and after is not None:
+            _print_heldout(figure, before, after)
         logger.info("finished in %.0f s; results in %s", results["seconds"], workdir)
     return results
 
@@ -220,121 +211,26 @@ def train(
             batches.close()
 
 
-def load_model(settings: ModelSettings, mesh: Mesh, seed: int = 0) -> Model:
-    """A pretrained model from its folder, or one from scratch, on a mesh.
+def check_candidates(objective: Objective, candidates: int) -> None:
+    """Refuses data whose groups a loss cannot take, before anything is computed.
 
     Raises:
-        SettingsError: if the settings name neither, or no tokenizer.
+        SettingsError: for a loss of pairs on demonstrations, say; it tells what the loss says.
     """
-    changes = {n: getattr(settings, n) for n in ("param_dtype", "compute_dtype", "remat", "unroll")}
-    if settings.path is None and settings.config is None:
-        raise SettingsError(
-            "model.path is not set: name a folder or a hub model, --set model.path=..."
-        )
-    source = settings.tokenizer or settings.path
-    if source is None:
-        raise SettingsError("model.tokenizer is not set: a model from scratch needs one")
-    folder = resolve_model(source)
-    tokenizer = load_tokenizer(folder, chat_template=settings.chat_template)
-    if settings.path is not None:
-        weights = resolve_model(settings.path)
-        config = dataclasses.replace(read_config(weights), **changes)
-        policy = make_policy(config)
-        placed = param_shardings(policy.logical_axes, param_shapes(config), mesh)
-        params = load_params(weights, config, dtype=settings.param_dtype, shardings=placed)
-    else:
-        config = dataclasses.replace(settings.config, **changes)
-        policy = make_policy(config)
-        params = init_params(policy, config, mesh, jax.random.key(seed))
-    return Model(policy, config, params, tokenizer, folder)
-
-
-def init_params(policy: Policy, config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
-    """Random parameters, made where they will lie."""
-    placed = param_shardings(policy.logical_axes, param_shapes(config), mesh)
-    return jax.jit(policy.init, out_shardings=placed)(key)
-
-
-def load_data(settings: DataSettings, model: Model) -> Data:
-    """Reads, tokenises and splits the records, and chooses the shape of the rows."""
-    _, tokenised = read_data(settings, model.tokenizer, model.config)
-    groups = tokenised.groups
-    if settings.heldout_path is not None:
-        other = dataclasses.replace(settings, path=settings.heldout_path)
-        heldout = read_data(other, model.tokenizer, model.config)[1].groups
-    else:
-        heldout = [g for g in groups if _share(g) < settings.heldout]
-        groups = [g for g in groups if _share(g) >= settings.heldout]
-    if not groups:
-        raise SettingsError(f"data.heldout={settings.heldout} leaves no record to train on")
-    return Data(groups, heldout, row_shape([*groups, *heldout], settings, model.config))
-
-
-def read_data(
-    settings: DataSettings, tokenizer: TextTokenizer, config: ModelConfig
-) -> tuple[list[Record], TokenisedSet]:
-    """Records of `settings.path` and their tokens, within the model's positions and vocabulary."""
-    if settings.path is None:
-        raise SettingsError("data.path is not set: name a data set, --set data.path=...")
-    records, _ = load_records(
-        settings.path,
-        on_error=settings.on_error,
-        extras=settings.extras,
-        limit=settings.max_records,
-    )
-    return records, tokenise(
-        records, tokenizer, token_limits(settings, config), on_error=settings.on_error
-    )
-
-
-def token_limits(settings: DataSettings, config: ModelConfig):
-    """The limits of the settings, no longer than the model's positions and a given row."""
-    limits = settings.limits
-    longest = min(limits.max_sequence or config.max_positions, config.max_positions)
-    group = limits.max_group if settings.row_length is None else settings.row_length
-    return dataclasses.replace(
-        limits, max_sequence=longest, max_group=group, vocab_size=config.vocab_size
-    )
-
-
-def row_shape(
-    groups: Sequence[TokenGroup], settings: DataSettings, config: ModelConfig
-) -> RowShape:
-    """The shape of the rows for these groups, logged with the share of padding it costs."""
-    shape = choose_shape(
-        groups,
-        row_length=settings.row_length,
-        slots=settings.slots,
-        window=settings.window,
-        width=config.hidden_size,
-    )
-    found = packing_overhead(group_sizes(groups), shape, settings.window)
-    logger.info(
-        "rows of %d tokens with %d scored: %d groups need %.2f times their tokens, %.2f times "
-        "their scored tokens",
-        shape.length, shape.slots, len(groups), found.positions, found.slots,
-    )  # fmt: skip
-    return shape
-
-
-def batches(data: Data, settings: DataSettings, train_settings: TrainSettings) -> Batches:
-    """The endless batches of a run, this process's rows of them."""
-    return Batches(
-        data.groups,
-        data.shape,
-        train_settings.rows_per_batch,
-        seed=train_settings.seed,
-        shuffle=settings.shuffle,
-        window=settings.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-
-
-def heldout_batches(data: Data, rows_per_batch: int) -> Iterator[PreferenceBatch]:
-    """The held-out groups once, in batches of host arrays."""
-    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    return (batch for batch, _ in epoch_batches(data.heldout, data.shape, rows_per_batch, **here))
+    one = jax.ShapeDtypeStruct((1, candidates), jax.numpy.float32)
+    for term in objective.terms:
+        summed = all(n.endswith(("_logps", "lengths", "labels", "where")) for n in term.arrays)
+        if not summed or any("token" in name for name in term.arrays):
+            continue  # its other arrays have shapes that only a batch tells
+        given = dict.fromkeys(term.arrays, one) | {"where": one.update(dtype=bool)}
+        try:
+            jax.eval_shape(lambda arrays, term=term: term(arrays)[0], given)
+        except AssertionError as error:
+            raise SettingsError(
+                f"objective {term.name!r} does not take groups of {candidates} candidates, as "
+                f"data.path holds ({' '.join(str(error).split())}); a pair has the columns prompt, "
+                "chosen and rejected, and `paxo methods` tells what each objective compares"
+            ) from error
 
 
 def inspect(settings: Experiment, num: int, records: Callable[[Experiment], Any] | None) -> None:
@@ -381,7 +277,8 @@ def _mesh(settings: Experiment) -> Mesh:
     if settings.train.rows_per_batch % (ways * settings.train.microbatches):
         raise SettingsError(
             f"train.rows_per_batch={settings.train.rows_per_batch} must be a multiple of the "
-            f"{ways} ways in which the mesh splits rows times microbatches={settings.train.microbatches}"
+            f"{ways} ways in which the mesh splits rows times "
+            f"train.microbatches={settings.train.microbatches}"
         )
     return mesh
 
@@ -403,7 +300,7 @@ def _reference(
         config = reference.config
     else:
         scorer, config = make_scorer(model.policy, first, mesh=mesh), model.config
-    if settings.reference.store == "none":
+    if settings.reference.store == "off":
         return scorer
     # All that the values depend on besides the token ids.
     fingerprint = (
@@ -417,15 +314,13 @@ def _attached(objective: Objective, scorer: Any, batch: PreferenceBatch) -> Pref
     return attach_logps(batch, "reference", scorer, tokens="reference" in objective.token_roles)
 
 
-def _reward(objective: Objective) -> dict[str, Any]:
-    return {"scale": objective.reward_scale, "per_token": objective.reward_per_token}
-
-
-def _metrics(accuracy: Estimate) -> dict[str, float]:
-    return {"eval/rewards/accuracies": accuracy.value}
-
-
-def _share(group: TokenGroup) -> float:
-    """A number in [0, 1) that follows from the prompt alone."""
-    digest = hashlib.blake2b(group.prompt.tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+def _print_heldout(figure: str, before: Estimate, after: Estimate) -> None:
+    title, column = {
+        "heldout_accuracy": ("held-out reward accuracy", "pairs"),
+        "heldout_nll": ("held-out negative log-likelihood (nats per token)", "examples"),
+    }[figure]
+    rows = [
+        (name, e.value, f"[{e.low:.3f}, {e.high:.3f}]", str(e.count))
+        for name, e in (("before", before), ("after", after))
+    ]
+    print_table(title, ("", "mean", "95 % interval", column), rows)

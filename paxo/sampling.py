@@ -41,8 +41,9 @@ class SamplingConfig:
     min_new_tokens: int = 0
 
     def __post_init__(self):
-        for name, low in (("max_new_tokens", 1), ("num_candidates", 1), ("temperature", 0), ("top_k", 0),
-                          ("min_new_tokens", 0)):  # fmt: skip
+        least = {"max_new_tokens": 1, "num_candidates": 1}
+        for name in (*least, "temperature", "top_k", "min_new_tokens"):
+            low = least.get(name, 0)
             if getattr(self, name) < low:
                 raise ValueError(
                     f"sampling.{name} must be at least {low}; got {getattr(self, name)}"
@@ -51,8 +52,8 @@ class SamplingConfig:
             raise ValueError(f"sampling.top_p must lie in (0, 1]; got {self.top_p}")
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"sampling.min_new_tokens must not exceed max_new_tokens; got {self.min_new_tokens} "
-                f"and {self.max_new_tokens}"
+                "sampling.min_new_tokens must not exceed max_new_tokens; got "
+                f"{self.min_new_tokens} and {self.max_new_tokens}"
             )
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from paxo.chunked_head import QUANTITIES, head_scores
 from paxo.data.packing import sequence_tokens
 from paxo.logp_store import LogpStore
+from paxo.numerics import at_least_float32
 from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
 
 ROWS = PartitionSpec(("data", "fsdp"))
@@ -94,7 +94,7 @@ def token_scores(
 
 
 def scored_hidden(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
-    """`[R, S, D]` hidden states that predict the scored tokens: the only place of the shift by one."""
+    """`[R, S, D]` hidden states that predict the scored tokens: the only shift by one."""
     hidden = policy.trunk(params, batch.tokens, batch.positions, batch.group, batch.branch)
     return jnp.take_along_axis(hidden, batch.score_from[..., None], axis=1)
 
@@ -103,7 +103,7 @@ def slot_sums(values: Array, batch: PreferenceBatch) -> Array:
     """`[R, S] -> [R, G, K]` sums over the scored tokens of each candidate, in at least float32."""
     mine = batch.score_slot[:, :, None] == jnp.arange(_num_slots(batch))
     # A masked sum rather than a scatter-add: the same bits on every run, on GPUs too.
-    sums = jnp.sum(jnp.where(mine, values[:, :, None], 0), axis=1)
+    sums = jnp.sum(jnp.where(mine, at_least_float32(values)[:, :, None], 0), axis=1)
     return sums.reshape(batch.where.shape)
 
 
@@ -113,7 +113,7 @@ def slot_lengths(batch: PreferenceBatch) -> Array:
 
 
 def by_candidate(values: Array, batch: PreferenceBatch) -> Array:
-    """`[R, S] -> [R, G, K, T]` token-level values, each candidate's from index 0, 0 behind its end."""
+    """`[R, S] -> [R, G, K, T]` token-level values, each candidate's from 0 on, 0 behind its end."""
     slots, length = _num_slots(batch), batch.max_completion
     index = jnp.arange(batch.score_slot.shape[1])
     mine = batch.score_slot[:, :, None] == jnp.arange(slots + 1)
@@ -187,7 +187,8 @@ def make_scorer(policy: Policy, params: Params, *, mesh: Mesh | None = None) -> 
     Args:
         policy: the model.
         params: parameters, on the devices they shall run on. A training step that donates its
-            state deletes the arrays it was given: pass `paxo.snapshot(params)` where they are shared.
+            state deletes the arrays it was given: pass `paxo.snapshot(params)` where they are
+            shared.
         mesh: where batches of host arrays are placed.
     """
     return FixedScorer(policy, params, mesh)
@@ -211,14 +212,9 @@ class StoredScorer:
     def __call__(self, batch: PreferenceBatch) -> np.ndarray:
         """`[R, G, K]` float32 summed log-probs in nats, of this process's rows."""
         found = np.zeros(batch.where.shape, np.float32)
-        missing = self._look_up(
-            "logps", batch, lambda place, value: found.__setitem__(place, value)
-        )
+        missing = self._look_up("logps", batch, found, lambda place: place)
         if _anywhere(missing):
-            scored = self._local(self.scorer(batch))
-            self.store.put_many(("logps", p, c, scored[place]) for place, p, c in missing)
-            for place, _, _ in missing:
-                found[place] = scored[place]
+            self._fill("logps", missing, found, self._local(self.scorer(batch)))
         return found
 
     def token_logps(self, batch: PreferenceBatch) -> np.ndarray:
@@ -230,29 +226,41 @@ class StoredScorer:
             row, g, k = place
             return row, np.flatnonzero(batch.score_slot[row] == g * candidates + k)
 
-        missing = self._look_up(
-            "token_logps", batch, lambda p, value: found.__setitem__(at(p), value)
-        )
+        missing = self._look_up("token_logps", batch, found, at)
         if _anywhere(missing):
             scored = self._local(self.scorer.token_logps(batch))
-            self.store.put_many(("token_logps", p, c, scored[at(place)]) for place, p, c in missing)
-            for place, _, _ in missing:
-                found[at(place)] = scored[at(place)]
+            self._fill("token_logps", missing, found, scored)
         return found
 
     def hidden(self, batch: PreferenceBatch) -> Array:
         """`[R, S, D]`; hidden states are never stored: they are a thousand times larger."""
         return self.scorer.hidden(batch)
 
-    def _look_up(self, kind: str, batch: PreferenceBatch, put: Callable) -> list[tuple]:
+    def _look_up(
+        self, kind: str, batch: PreferenceBatch, found: np.ndarray, at: Callable
+    ) -> list[tuple]:
+        """Fills in what is stored; of what is not: (index into `found`, prompt, completion)."""
         missing = []
         for row, g, k, prompt, completion in sequence_tokens(batch):
             value = self.store.get(kind, prompt, completion)
             if value is None:
-                missing.append(((row, g, k), prompt, completion))
+                missing.append((at((row, g, k)), prompt, completion))
             else:
-                put((row, g, k), value)
+                found[at((row, g, k))] = value
         return missing
+
+    def _fill(self, kind: str, missing: list[tuple], found: np.ndarray, scored: np.ndarray) -> None:
+        """Fills in what was scored, and stores it.
+
+        A batch that runs over the end of an epoch may hold a sequence twice, in rows that differ,
+        with other last bits. The store keeps one value, and a run resumed from it must find what
+        was used: the first counts for both.
+        """
+        first: dict[tuple[bytes, bytes], np.ndarray] = {}
+        for index, prompt, completion in missing:
+            key = prompt.tobytes(), completion.tobytes()
+            found[index] = first.setdefault(key, scored[index])
+        self.store.put_many((kind, p, c, found[index]) for index, p, c in missing)
 
     def _local(self, x: Array) -> np.ndarray:
         if self.scorer.mesh is not None and jax.process_count() > 1:
@@ -291,9 +299,10 @@ def attach_logps(
 def params_fingerprint(params: Params) -> str:
     """A hash of names, dtypes, shapes and every bit of the parameters, computed where they lie.
 
-    >>> a = params_fingerprint({"w": jnp.arange(3.0)})
-    >>> a == params_fingerprint({"w": jnp.arange(3.0)}), a == params_fingerprint({"w": -jnp.arange(3.0)})
-    (True, False)
+    >>> first, same, other = jnp.arange(3.0), jnp.arange(3.0), -jnp.arange(3.0)
+    >>> fingerprint = params_fingerprint({"w": first})
+    >>> [params_fingerprint({"w": x}) == fingerprint for x in (same, other)]
+    [True, False]
     """
     digest = hashlib.blake2b(digest_size=16)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
@@ -306,12 +315,13 @@ def params_fingerprint(params: Params) -> str:
 
 @jax.jit
 def _bit_sums(x: Array) -> Array:
-    """Two position-dependent sums of the bits modulo 2^32: integers add up the same in any order."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    """Two sums of the bits, by position, modulo 2^32: integers add up alike in any order."""
+    # 64 bits become two numbers on an axis of their own.
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(x.shape, jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
 
     def mixed(seed: int) -> Array:
         y = (bits + jnp.uint32(seed)) * jnp.uint32(0x9E3779B1) ^ (index * jnp.uint32(0x85EBCA6B))

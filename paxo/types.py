@@ -6,7 +6,8 @@ Axes, used in all shape comments:
     G groups in a row          K candidates of a group   T tokens of a completion
     B prompts                  P tokens of a prompt      V vocabulary      D width of the model
 
-A *group* is one prompt with its K candidate completions; a *row* packs several groups. Log-probs are in nats.
+A *group* is one prompt with its K candidate completions; a *row* packs several groups. Log-probs
+are in nats.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ Params = Any  # a pytree of arrays
 
 
 def pytree(cls: type) -> type:
-    """A frozen dataclass that is a JAX pytree; fields with `metadata={"static": True}` are not leaves."""
+    """A frozen dataclass that is a JAX pytree; `static_field`s of it are not leaves."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
@@ -31,23 +32,27 @@ def static_field(**kwargs: Any) -> Any:
 
 @pytree
 class PreferenceBatch:
-    """Packed rows of prompts with their candidate completions: the only layout that is trained or scored.
+    """Packed rows of prompts with their candidates: the only layout that is trained or scored.
 
-    A token attends to the tokens at or before it in its row that have the same `group` (not 0) and a `branch` that
-    is 0 or its own, so a prompt is computed once for all its candidates and groups never see one another.
+    A token attends to the tokens at or before it in its row that have the same `group` (not 0) and
+    a `branch` that is 0 or its own, so a prompt is computed once for all its candidates and groups
+    never see one another.
 
     Every array leads with R: rows shard over devices and hosts.
 
     Attributes:
-        tokens: `[R, L]` int32 token ids, completions with their last token (EOS included); 0 on padding.
-        positions: `[R, L]` int32 position of a token in its own sequence; a completion goes on where its prompt ends.
+        tokens: `[R, L]` int32 token ids, completions with their last token (EOS included); 0 on
+            padding.
+        positions: `[R, L]` int32 position of a token in its own sequence; a completion goes on
+            where its prompt ends.
         group: `[R, L]` int32, 1..G, and 0 on padding.
         branch: `[R, L]` int32, 0 on prompt tokens and 1..K on the tokens of completion k.
         score_from: `[R, S]` int32 index in the row whose hidden state predicts the scored token.
         score_token: `[R, S]` int32 token scored there; the EOS of a finished completion included.
-        score_slot: `[R, S]` int32 `g * K + k` with g, k from 0, and `G * K` on padding. The tokens of a candidate
-            lie side by side in their order.
-        labels: `[R, G, K]` float32 grades: (1, 0) for a hard pair, win rates, ±1 desirability or any relevance.
+        score_slot: `[R, S]` int32 `g * K + k` with g, k from 0, and `G * K` on padding. The tokens
+            of a candidate lie side by side in their order.
+        labels: `[R, G, K]` float32 grades: (1, 0) for a hard pair, win rates, ±1 desirability or
+            any relevance.
         where: `[R, G, K]` bool, False where there is no candidate.
         fixed_logps: role -> `[R, G, K]` float32 log-probs of a frozen policy, attached by a scorer.
         fixed_token_logps: role -> `[R, S]` float32, the same by token.
@@ -83,7 +88,8 @@ class PromptBatch:
     Attributes:
         tokens: `[B, P]` int32, each prompt from column 0.
         lengths: `[B]` int32 tokens of each prompt, at least 1.
-        ids: `[B]` int32 number of the prompt in its data set: the random key of a row is made from it.
+        ids: `[B]` int32 number of the prompt in its data set: the random key of a row is made from
+            it.
     """
 
     tokens: Array
@@ -98,8 +104,10 @@ class Completions:
     Attributes:
         tokens: `[B, K, T]` int32, the stop token included, 0 after it.
         mask: `[B, K, T]` bool, True on drawn tokens.
-        logps: `[B, K, T]` float32 log-prob of each token under the distribution it was drawn from, 0 where masked.
-        finished: `[B, K]` bool, True where a stop token ended the completion and False where the length limit did.
+        logps: `[B, K, T]` float32 log-prob of each token under the distribution it was drawn from,
+            0 where masked.
+        finished: `[B, K]` bool, True where a stop token ended the completion and False where the
+            length limit did.
     """
 
     tokens: Array
@@ -112,9 +120,10 @@ class Decode(NamedTuple):
     """A policy's cached decoding: the prompt is computed once, its K candidates share it.
 
     Attributes:
-        prefill: `(params, tokens [B, P], lengths [B], num_candidates, max_new) -> (cache, hidden [B, D])`, the hidden
-            state that predicts the first new token.
-        step: `(params, cache, tokens [B, K], index) -> (cache, hidden [B, K, D])` after the index-th new token.
+        prefill: `(params, tokens [B, P], lengths [B], num_candidates, max_new) -> (cache, hidden
+            [B, D])`, the hidden state that predicts the first new token.
+        step: `(params, cache, tokens [B, K], index) -> (cache, hidden [B, K, D])` after the
+            index-th new token.
     """
 
     prefill: Callable[..., tuple[Any, Array]]
@@ -134,8 +143,8 @@ class Policy:
         unembed: `(params) -> [D, V]`, the matrix of the head; scoring works on it in chunks.
         logical_axes: a pytree like params with a tuple of axis names for each array.
         decode: prefill and step over a key-value cache.
-        heads: name -> `(params, hidden [..., D]) -> [...]`, extra trained outputs whose parameters lie under
-            `params["heads"][name]`.
+        heads: name -> `(params, hidden [..., D]) -> [...]`, extra trained outputs whose parameters
+            lie under `params["heads"][name]`.
     """
 
     init: Callable[[Array], Params]
@@ -148,7 +157,7 @@ class Policy:
 
 
 class Scorer(Protocol):
-    """Log-probs of a fixed policy for the candidates of a batch; the protocol need not be subclassed."""
+    """Log-probs of a fixed policy for the candidates of a batch; need not be subclassed."""
 
     def __call__(self, batch: PreferenceBatch) -> Array:
         """`[R, G, K]` float32 summed log-probs in nats, 0 where there is no candidate."""
@@ -159,7 +168,7 @@ class Sampler(Protocol):
     """Draws completions."""
 
     def __call__(self, params: Params, prompts: PromptBatch, key: Array) -> Completions:
-        """K completions for each prompt; a row's draw depends on the key, its prompt id, candidate and position."""
+        """K completions for each prompt; a draw depends on key, prompt id, candidate, position."""
         ...
 
 
@@ -167,7 +176,7 @@ class Judge(Protocol):
     """Compares completions of the same prompt."""
 
     def __call__(self, prompts: Any, completions: Any, wanted: Array | None = None) -> Array:
-        """`[B, K, K]` probability that candidate i beats j; `wanted [K, K]` names the comparisons to be read."""
+        """`[B, K, K]` probability that i beats j; `wanted [K, K]`: the comparisons read."""
         ...
 
 

@@ -19,7 +19,7 @@ ROWS = (
     ({"scoring", "logp_store", "chunked_head"}, {"sampling"}, {"games"}),
     ({"training"},),
     ({"evaluation"}, {"online"}),
-    ({"experiment", "plan", "cli", "overrides", "provenance"},),
+    ({"experiment", "loading", "runs", "artifacts", "plan", "cli", "overrides", "provenance"},),
 )
 # Not even from the rows above: these take models, data and judges as arguments.
 BARRED = {

@@ -1,4 +1,4 @@
-"""Does the implicit reward order held-out candidates as their labels do?"""
+"""Held-out preferences: are they ordered as labelled? Held-out demonstrations: how likely?"""
 
 from collections.abc import Iterable
 
@@ -46,3 +46,18 @@ def reward_accuracy(
     if not scores or not np.concatenate(scores).size:
         raise ValueError("no held-out group has two candidates with different labels")
     return bootstrap_mean(np.concatenate(scores))
+
+
+def nll_per_token(scorer: Scorer, batches: Iterable[PreferenceBatch]) -> Estimate:
+    """Negative log-likelihood of completions in nats per token, averaged over completions.
+
+    Args:
+        scorer: log-probs of the policy that is measured.
+        batches: rows of host arrays.
+    """
+    losses = []
+    for batch in batches:
+        lengths = np.asarray(slot_lengths(batch))
+        some = np.asarray(batch.where) & (lengths > 0)
+        losses.append(-np.asarray(scorer(batch))[some] / lengths[some])
+    return bootstrap_mean(np.concatenate(losses))

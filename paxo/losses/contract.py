@@ -30,7 +30,8 @@ class Range:
         return above and below
 
     def __str__(self):
-        return f"{'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
 Real = Annotated[float, Range()]

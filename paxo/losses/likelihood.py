@@ -39,12 +39,15 @@ def nll_loss(
     >>> loss = nll_loss(jnp.array([[-4.0], [-3.0]]), jnp.array([[2], [5]]), jnp.ones((2, 1)))
     >>> float(loss.total), float(loss.count), float(loss.value)
     (7.0, 7.0, 1.0)
+
+    As a term beside a preference loss: RPO, Liu et al. 2024, arXiv:2405.16436; iterative RPO, Pang
+    et al. 2024, arXiv:2404.19733. TRL's `sft` term is the token mean.
     """
     if where is None:
         where = jnp.ones(policy_logps.shape, bool)
     chex.assert_equal_shape([policy_logps, lengths, labels, where])
     logps = masked(at_least_float32(policy_logps), where)
-    grades = masked(labels, where, -jnp.inf)
+    grades = masked(at_least_float32(labels), where, -jnp.inf)
     best = where & (grades == jnp.max(grades, axis=-1, keepdims=True))
     if nll_reduction == "token_mean":
         return Mean(

@@ -4,7 +4,8 @@ All take summed completion log-probs in nats, `[..., 2] -> [...]`, in at least f
 mean. With a reference they start from the log-ratios $r = s - q$ of policy and reference: forming
 $r$ first and the margin second keeps the digits that $s_w - s_l$ would cancel.
 
->>> policy, reference = jnp.array([[-4.0, -6.0], [-3.0, -3.0]]), jnp.array([[-5.0, -5.0], [-3.0, -3.0]])
+>>> policy = jnp.array([[-4.0, -6.0], [-3.0, -3.0]])
+>>> reference = jnp.array([[-5.0, -5.0], [-3.0, -3.0]])
 >>> dpo_loss(policy, reference, beta=0.1)
 Array([0.5981389, 0.6931472], dtype=float32)
 """
@@ -93,13 +94,14 @@ def ipo_loss(
     Array(0., dtype=float32)
 
     Azar et al. 2023, arXiv:2310.12036, Eq. 17. Averaged: TRL, HALOs (which divides by the tokens
-    whose log-probs differ), EasyDeL, LLaMA-Factory. Summed: the DPO authors' code, OpenRLHF, EasyLM.
+    whose log-probs differ), EasyDeL, LLaMA-Factory. Summed: the DPO authors' code, OpenRLHF,
+    EasyLM.
     """
     _check_pairs(policy_logps, reference_logps, where)
     ratios = log_ratios(policy_logps, reference_logps, where)
     if length_normalize and lengths is not None:
-        ratios = safe_divide(ratios, lengths)
-    return masked_rows((margin(ratios) - 1 / (2 * tau)) ** 2, where)
+        ratios = safe_divide(ratios, masked(lengths, where))
+    return masked_rows(jnp.square(margin(ratios) - 1 / (2 * tau)), where)
 
 
 def simpo_loss(
@@ -121,7 +123,8 @@ def simpo_loss(
         policy_logps: `[..., 2]` summed completion log-probs in nats, chosen first.
         lengths: `[..., 2]` scored tokens of each completion.
         beta: scale of the per-token reward, > 0; the paper's recipes use 2 to 10.
-        gamma_beta_ratio: target margin over `beta`, nats per token; the paper's recipes use 0.1-0.8.
+        gamma_beta_ratio: target margin over `beta`, nats per token; the paper's recipes use
+            0.1-0.8.
         label_smoothing: assumed share of flipped labels, in [0, 0.5).
         where: `[..., 2]` bool, False on candidates to ignore.
 
@@ -136,7 +139,8 @@ def simpo_loss(
     `simpo_gamma = beta * gamma_beta_ratio` and `cpo_alpha=0`.
     """
     _check_pairs(policy_logps, lengths, where)
-    rewards = safe_divide(masked(at_least_float32(policy_logps), where), lengths)
+    logps = masked(at_least_float32(policy_logps), where)
+    rewards = safe_divide(logps, masked(lengths, where))
     x = beta * (margin(rewards) - gamma_beta_ratio)
     return masked_rows(jax.nn.softplus(-x) + label_smoothing * x, where)
 

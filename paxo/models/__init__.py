@@ -1,0 +1,1 @@
+"""Llama-family decoders in Flax NNX, seen from outside as `Policy` records."""

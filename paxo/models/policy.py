@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from paxo.models import transformer
+from paxo.models.attention import MASKED, packed_attention
 from paxo.models.config import ModelConfig
 from paxo.models.sharding import constrain
 from paxo.types import Array, Decode, Params, Policy
@@ -129,12 +130,11 @@ def _norm(config: ModelConfig, params: Params, x: Array) -> Array:
 
 def _trunk(config, params, tokens, positions, group, branch) -> Array:
     frequencies = transformer.rotary_frequencies(config)
-    mask = transformer.packed_mask(group, branch)
 
     def attend(q, k, v, _):
         q = transformer.rotate(q, positions, frequencies)
         k = transformer.rotate(k, positions, frequencies)
-        return transformer.attention(q, k, v, mask), None
+        return packed_attention(q, k, v, group, branch), None
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
     x, _ = _run_layers(config, params, x, attend)
@@ -159,12 +159,12 @@ def _prefill(config, params, tokens, lengths, num_candidates, max_new) -> tuple[
     # Right padding lies after every prompt token, so the causal rule alone keeps it out.
     group = (index < lengths[:, None]).astype(jnp.int32)
     frequencies = transformer.rotary_frequencies(config)
-    mask = transformer.packed_mask(group, jnp.zeros_like(group))
+    branch = jnp.zeros_like(group)
 
     def attend(q, k, v, _):
         q = transformer.rotate(q, positions, frequencies)
         k = transformer.rotate(k, positions, frequencies)
-        return transformer.attention(q, k, v, mask), (k, v)
+        return packed_attention(q, k, v, group, branch), (k, v)
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
     x, (keys, values) = _run_layers(config, params, x, attend)
@@ -209,9 +209,9 @@ def _cached_attention(q, k, v, layer_cache, in_prompt, before) -> Array:
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q = q * q.shape[-1] ** -0.5
     to_prompt = score("bkgqh,bpgh->bkgqp", q, prompt_k)
-    to_prompt = jnp.where(in_prompt[:, None, None, None], to_prompt, transformer.MASKED)
+    to_prompt = jnp.where(in_prompt[:, None, None, None], to_prompt, MASKED)
     to_own = score("bkgqh,bktgh->bkgqt", q, own_k)
-    to_own = jnp.where(before, to_own, transformer.MASKED)
+    to_own = jnp.where(before, to_own, MASKED)
     to_self = score("bkgqh,bkgh->bkgq", q, k)[..., None]
     weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own, to_self], -1), -1).astype(v.dtype)
     split = prompt_k.shape[1], prompt_k.shape[1] + own_k.shape[2]

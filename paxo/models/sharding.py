@@ -63,12 +63,13 @@ def make_mesh(
             f"mesh {dict(zip(MESH_AXES, sizes))} needs {known} devices; there are {len(devices)}. "
             "Set one axis to -1 to take what is left."
         )
-    # Auto: with the default, Explicit, an embedding lookup with both batch and embed on `fsdp` is rejected.
+    # Auto: with the default, Explicit, an embedding lookup with both batch and embed on `fsdp` is
+    # rejected.
     axis_types = (jax.sharding.AxisType.Auto,) * 3
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_replicated(name: str, size: int, ways: int) -> None:
     logger.warning(
         "axis %r of size %d is replicated: %d devices do not divide it", name, size, ways
@@ -124,7 +125,7 @@ def param_shardings(logical_axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> 
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Places an activation by the names of its axes when a mesh is set (`jax.set_mesh`); else nothing."""
+    """Places an activation by the names of its axes where a mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "tensor" not in mesh.shape:
         return x

@@ -1,7 +1,7 @@
-"""A Llama-family decoder layer in Flax NNX, and the attention of packed rows.
+"""The layers of a Llama-family decoder in Flax NNX.
 
-Shapes in names: B rows or prompts, T query tokens, S key tokens, G key-value heads, Q query heads a
-key-value head, H head width, D residual width, F width of the SwiGLU.
+Shapes in names: B rows or prompts, T tokens, G key-value heads, Q query heads a key-value head,
+H head width, D residual width, F width of the SwiGLU.
 """
 
 import math
@@ -17,10 +17,6 @@ from paxo.models.config import ModelConfig, RopeScaling
 from paxo.models.sharding import constrain
 
 Array = jax.Array
-# Large enough to vanish after the softmax, small enough to stay finite in bfloat16.
-MASKED = -1e30
-# Attention scores that exist at a time on a device: 16 MB in float32, which caches still help.
-SCORES_AT_A_TIME = 2**22
 
 
 class Weight(nnx.Module):
@@ -166,56 +162,3 @@ def rotate(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.astype(x.dtype)
-
-
-def packed_mask(group_BT: Array, branch_BT: Array) -> Array:
-    """`[B, T, S]` True where a token may attend: earlier, of its group, of the prompt or its branch."""
-    index = jnp.arange(group_BT.shape[-1])
-    earlier = index[None, :] <= index[:, None]
-    same_group = (group_BT[:, :, None] == group_BT[:, None, :]) & (group_BT[:, :, None] != 0)
-    own = (branch_BT[:, None, :] == 0) | (branch_BT[:, None, :] == branch_BT[:, :, None])
-    return earlier & same_group & own
-
-
-def attention(q_BTGQH: Array, k_BSGH: Array, v_BSGH: Array, mask_BTS: Array) -> Array:
-    """Softmax attention in which Q query heads share a key head; scores and softmax in float32.
-
-    Where the scores of all queries would be large, queries are taken in blocks whose scores are
-    dropped and computed again in the backward pass.
-    """
-    batch, t, g, q, h = q_BTGQH.shape
-    # Heads before tokens: batched products over contiguous matrices are much faster on CPU.
-    query = (q_BTGQH * h**-0.5).transpose(0, 2, 3, 1, 4)
-    key, value = k_BSGH.transpose(0, 2, 1, 3), v_BSGH.transpose(0, 2, 1, 3)
-    block = _query_block(batch * g * q * mask_BTS.shape[-1], t)
-    if block == t:
-        mixed = _attend(query, mask_BTS, key, value)
-    else:
-        count = -(-t // block)
-        extra = ((0, 0), (0, count * block - t), (0, 0))
-        mask = jnp.pad(mask_BTS, extra).reshape(batch, count, block, -1)
-        query = jnp.pad(query, (*extra[:1] * 3, extra[1], (0, 0)))
-        query = jnp.moveaxis(query.reshape(batch, g, q, count, block, h), 3, 0)
-        one = jax.checkpoint(lambda part: _attend(*part, key, value))
-        mixed = jax.lax.map(one, (query, jnp.moveaxis(mask, 1, 0)))
-        mixed = jnp.moveaxis(mixed, 0, 3).reshape(batch, g, q, count * block, h)[:, :, :, :t]
-    return mixed.transpose(0, 3, 1, 2, 4)
-
-
-def _attend(query: Array, mask_BTS: Array, key: Array, value: Array) -> Array:
-    """`query [B, G, Q, T, H]` over `key, value [B, G, S, H]`."""
-    batch, g, q, t, h = query.shape
-    query = query.reshape(batch, g, q * t, h)
-    scores = jnp.einsum("bgth,bgsh->bgts", query, key, preferred_element_type=jnp.float32)
-    bias = jnp.where(mask_BTS, 0.0, MASKED)[:, None, None]
-    weights = jax.nn.softmax(scores.reshape(batch, g, q, t, -1) + bias, -1)
-    weights = weights.astype(value.dtype).reshape(batch, g, q * t, -1)
-    return jnp.einsum("bgts,bgsh->bgth", weights, value).reshape(batch, g, q, t, h)
-
-
-def _query_block(scores_per_query: int, length: int) -> int:
-    """Queries whose scores exist at a time: all of them if those of a device are few."""
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    most = SCORES_AT_A_TIME * devices // scores_per_query
-    return length if most >= length else max(16, most // 16 * 16)

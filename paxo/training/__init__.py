@@ -1,0 +1,1 @@
+"""State, step, optimisers, checkpoints, writers and the loop."""

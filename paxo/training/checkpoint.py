@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -59,9 +60,8 @@ class Checkpointer:
         self.every = every
         self.best_metric = best_metric
         self._sign = 1.0 if best_mode == "max" else -1.0
-        self._log_filter = _AlreadyRaised()
         _check_writable(self.folder)
-        logging.getLogger("absl").addFilter(self._log_filter)
+        self._threads = _QuietThreads()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=self._options(keep, keep_best),
@@ -194,11 +194,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait, and stop the background threads."""
-        try:
-            self.wait()
-            self._manager.close()
-        finally:
-            logging.getLogger("absl").removeFilter(self._log_filter)
+        self.wait()
+        self._manager.close()
+        self._threads.restore()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -211,6 +209,7 @@ class Checkpointer:
         try:
             yield
         except errors as error:
+            self._threads.failed = True
             _remove_unfinished(self.folder)
             self._manager.reload()
             last = self.latest_step()
@@ -221,13 +220,42 @@ class Checkpointer:
             ) from error
 
 
-class _AlreadyRaised(logging.Filter):
-    """Drops the tracebacks that Orbax logs from its threads: the error itself is raised too."""
+class _QuietThreads(logging.Filter):
+    """Drops the tracebacks of Orbax's threads: the error itself is raised too.
+
+    They go on after the error was raised, so what failed to write stays quiet until the end.
+    """
+
+    LOGGERS = ("absl", "asyncio")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed = False
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+        for name in self.LOGGERS:
+            logging.getLogger(name).addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        from_orbax = "orbax" in record.pathname
-        no_metrics = "did not provide metrics" in str(record.msg)
-        return not (from_orbax and (record.levelno >= logging.ERROR or no_metrics))
+        """Whether the record is shown."""
+        message = record.getMessage()
+        # The path of absl's records is Orbax's or absl's own: who made the logger first decides.
+        of_orbax = "orbax" in record.pathname + message or message.startswith("[process=")
+        no_metrics = "did not provide metrics" in message
+        return not (of_orbax and (record.levelno >= logging.ERROR or no_metrics))
+
+    def _unraisable(self, what: Any) -> None:
+        # Writes that end after the loop which waited for them.
+        if str(what.exc_value) != "Event loop is closed":
+            self._hook(what)
+
+    def restore(self) -> None:
+        """Undo it, unless threads may still fail."""
+        if self.failed:
+            return
+        sys.unraisablehook = self._hook
+        for name in self.LOGGERS:
+            logging.getLogger(name).removeFilter(self)
 
 
 def _check_writable(folder: epath.Path) -> None:
@@ -318,9 +346,8 @@ def read_params(folder: str | os.PathLike[str], step: int | None = None) -> Any:
     steps = sorted(int(name) for name in names if name.isdecimal())
     step = max(steps, default=None) if step is None else step
     if step not in steps:
-        raise FileNotFoundError(
-            f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}; there are {steps}"
-        )
+        which = "" if step is None else f" of step {step}"
+        raise FileNotFoundError(f"{folder}: no checkpoint{which}; there are {steps}")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         where = path / str(step) / "state"
         found = reader.metadata(where).item_metadata.tree["params"]

@@ -55,11 +55,16 @@ class AdamW:
             raise ValueError(
                 f"optimizer.schedule must be constant, linear or cosine; got {self.schedule!r}"
             )
+        if self.moments_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(
+                "optimizer.moments_dtype must be float32, bfloat16 or none; got "
+                f"{self.moments_dtype!r}"
+            )
         for name in ("learning_rate", "eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"optimizer.{name} must be above 0; got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "final_fraction"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(
                     f"optimizer.{name} must not be negative; got {getattr(self, name)}"
                 )

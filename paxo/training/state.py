@@ -70,7 +70,7 @@ def as_transformation(optimizer: Any) -> Any:
 
 
 def snapshot(params: Params) -> Params:
-    """A copy with buffers of its own: a step that donates its state deletes the arrays it was given."""
+    """A copy with buffers of its own: a step that donates its state deletes what it was given."""
     return jax.tree.map(jnp.copy, params)
 
 

@@ -159,8 +159,8 @@ def check_batch(objective: Objective, batch: PreferenceBatch) -> None:
     for role in objective.roles:
         if role not in batch.fixed_logps:
             raise ValueError(
-                f"objective {objective.name!r} needs log-probs of role {role!r}; this batch carries "
-                f"{sorted(batch.fixed_logps)}. Attach them with "
+                f"objective {objective.name!r} needs log-probs of role {role!r}; this batch "
+                f"carries {sorted(batch.fixed_logps)}. Attach them with "
                 f"paxo.attach_logps(batch, {role!r}, scorer)."
             )
     for role in objective.token_roles:
@@ -186,9 +186,9 @@ def check_batch(objective: Objective, batch: PreferenceBatch) -> None:
     )
     if missing:
         raise ValueError(
-            f"objective {objective.name!r} needs {', '.join(missing)}, which nobody provides; this "
-            f"batch's extras are {sorted(batch.extras)}. Name the columns of the data set that hold "
-            f"them with data.extras=({', '.join(map(repr, missing))},)."
+            f"objective {objective.name!r} needs {', '.join(missing)}, which nobody provides; the "
+            f"batch's extras are {sorted(batch.extras)}. Name the columns that hold them with "
+            f"data.extras=({', '.join(map(repr, missing))},)."
         )
 
 

@@ -1,0 +1,170 @@
+"""Settings made real: a model on its mesh, and data as packed rows."""
+
+import dataclasses
+import hashlib
+import logging
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from paxo.data.batching import Batches, epoch_batches
+from paxo.data.packing import choose_shape
+from paxo.data.records import Record, TokenGroup
+from paxo.data.row_shape import RowShape
+from paxo.data.sources import load_records
+from paxo.data.tokenise import TextTokenizer, TokenisedSet, load_tokenizer, tokenise
+from paxo.experiment import DataSettings, ModelSettings, TrainSettings
+from paxo.models.config import ModelConfig
+from paxo.models.policy import make_policy, param_shapes
+from paxo.models.pretrained import load_params, read_config, resolve_model
+from paxo.models.sharding import param_shardings
+from paxo.overrides import SettingsError
+from paxo.types import Params, Policy, PreferenceBatch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A policy with its first parameters on a mesh, and what they were made from.
+
+    Attributes:
+        policy: the model.
+        config: its shape.
+        params: its parameters.
+        tokenizer: its tokenizer.
+        folder: where weights or tokenizer came from, for the export.
+    """
+
+    policy: Policy
+    config: ModelConfig
+    params: Params
+    tokenizer: TextTokenizer
+    folder: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Tokenised groups, those held out, and the shape of the rows they are packed in."""
+
+    groups: Sequence[TokenGroup]
+    heldout: Sequence[TokenGroup]
+    shape: RowShape
+
+
+def load_model(settings: ModelSettings, mesh: Mesh, seed: int = 0) -> Model:
+    """A pretrained model from its folder, or one from scratch, on a mesh.
+
+    Raises:
+        SettingsError: if the settings name neither, or no tokenizer.
+    """
+    changes = {n: getattr(settings, n) for n in ("param_dtype", "compute_dtype", "remat", "unroll")}
+    if settings.path is None and settings.config is None:
+        raise SettingsError(
+            "model.path is not set: name a folder or a hub model, --set model.path=..."
+        )
+    source = settings.tokenizer or settings.path
+    if source is None:
+        raise SettingsError("model.tokenizer is not set: a model from scratch needs one")
+    folder = resolve_model(source)
+    tokenizer = load_tokenizer(folder, chat_template=settings.chat_template)
+    if settings.path is not None:
+        weights = resolve_model(settings.path)
+        config = dataclasses.replace(read_config(weights), **changes)
+        policy = make_policy(config)
+        placed = param_shardings(policy.logical_axes, param_shapes(config), mesh)
+        params = load_params(weights, config, dtype=settings.param_dtype, shardings=placed)
+    else:
+        config = dataclasses.replace(settings.config, **changes)
+        policy = make_policy(config)
+        params = init_params(policy, config, mesh, jax.random.key(seed))
+    return Model(policy, config, params, tokenizer, folder)
+
+
+def init_params(policy: Policy, config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:
+    """Random parameters, made where they will lie."""
+    placed = param_shardings(policy.logical_axes, param_shapes(config), mesh)
+    return jax.jit(policy.init, out_shardings=placed)(key)
+
+
+def load_data(settings: DataSettings, model: Model) -> Data:
+    """Reads, tokenises and splits the records, and chooses the shape of the rows."""
+    _, tokenised = read_data(settings, model.tokenizer, model.config)
+    groups = tokenised.groups
+    if settings.heldout_path is not None:
+        other = dataclasses.replace(settings, path=settings.heldout_path)
+        heldout = read_data(other, model.tokenizer, model.config)[1].groups
+    else:
+        heldout = [g for g in groups if _share(g) < settings.heldout]
+        groups = [g for g in groups if _share(g) >= settings.heldout]
+    if not groups:
+        raise SettingsError(f"data.heldout={settings.heldout} leaves no record to train on")
+    return Data(groups, heldout, row_shape([*groups, *heldout], settings, model.config))
+
+
+def read_data(
+    settings: DataSettings, tokenizer: TextTokenizer, config: ModelConfig
+) -> tuple[list[Record], TokenisedSet]:
+    """Records of `settings.path` and their tokens, within the model's positions and vocabulary."""
+    if settings.path is None:
+        raise SettingsError("data.path is not set: name a data set, --set data.path=...")
+    records, _ = load_records(
+        settings.path,
+        on_error=settings.on_error,
+        extras=settings.extras,
+        limit=settings.max_records,
+    )
+    return records, tokenise(
+        records, tokenizer, token_limits(settings, config), on_error=settings.on_error
+    )
+
+
+def token_limits(settings: DataSettings, config: ModelConfig):
+    """The limits of the settings, no longer than the model's positions and a given row."""
+    limits = settings.limits
+    longest = min(limits.max_sequence or config.max_positions, config.max_positions)
+    group = limits.max_group if settings.row_length is None else settings.row_length
+    return dataclasses.replace(
+        limits, max_sequence=longest, max_group=group, vocab_size=config.vocab_size
+    )
+
+
+def row_shape(
+    groups: Sequence[TokenGroup], settings: DataSettings, config: ModelConfig
+) -> RowShape:
+    """The shape of the rows for these groups."""
+    return choose_shape(
+        groups,
+        row_length=settings.row_length,
+        slots=settings.slots,
+        window=settings.window,
+        width=config.hidden_size,
+    )
+
+
+def batches(data: Data, settings: DataSettings, train_settings: TrainSettings) -> Batches:
+    """The endless batches of a run, this process's rows of them."""
+    return Batches(
+        data.groups,
+        data.shape,
+        train_settings.rows_per_batch,
+        seed=train_settings.seed,
+        shuffle=settings.shuffle,
+        window=settings.window,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def heldout_batches(data: Data, rows_per_batch: int) -> Iterator[PreferenceBatch]:
+    """The held-out groups once, in batches of host arrays."""
+    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return (batch for batch, _ in epoch_batches(data.heldout, data.shape, rows_per_batch, **here))
+
+
+def _share(group: TokenGroup) -> float:
+    """A number in [0, 1) that follows from the prompt alone."""
+    digest = hashlib.blake2b(group.prompt.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
