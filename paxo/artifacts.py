@@ -16,6 +16,7 @@ import numpy as np
 from paxo.data.records import TokenGroup
 from paxo.data.tokenise import TextTokenizer, load_tokenizer
 from paxo.models.config import ModelConfig
+from paxo.models.heads import without_heads
 from paxo.models.hf_export import export, export_config
 from paxo.models.policy import make_policy
 from paxo.models.pretrained import load_params, read_config, resolve_model
@@ -50,8 +51,9 @@ def save_model_card(
 def export_model(
     params: Params, config: ModelConfig, out: pathlib.Path, tokenizer: TextTokenizer, folder: Any
 ) -> None:
-    """Writes a model that transformers loads; every process calls it, process 0 writes."""
-    export(params, config, out, tokenizer_from=folder, chat_template=tokenizer.chat_template)
+    """Writes a model that transformers loads, without extra heads; every process calls it."""
+    decoder = without_heads(params)
+    export(decoder, config, out, tokenizer_from=folder, chat_template=tokenizer.chat_template)
     logger.info("exported to %s", out)
 
 

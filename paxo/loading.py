@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paxo.data.batching import Batches, epoch_batches
 from paxo.data.packing import choose_shape
@@ -17,6 +17,7 @@ from paxo.data.sources import load_records
 from paxo.data.tokenise import TextTokenizer, TokenisedSet, load_tokenizer, tokenise
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.models.config import ModelConfig
+from paxo.models.heads import init_heads, with_heads
 from paxo.models.policy import make_policy, param_shapes
 from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.models.sharding import param_shardings
@@ -54,8 +55,16 @@ class Data:
     shape: RowShape
 
 
-def load_model(settings: ModelSettings, mesh: Mesh, seed: int = 0) -> Model:
+def load_model(
+    settings: ModelSettings, mesh: Mesh, seed: int = 0, heads: Sequence[str] = ()
+) -> Model:
     """A pretrained model from its folder, or one from scratch, on a mesh.
+
+    Args:
+        settings: which model.
+        mesh: where its parameters shall lie.
+        seed: of random parameters.
+        heads: extra outputs, see `models.heads`; they always start at random.
 
     Raises:
         SettingsError: if the settings name neither, or no tokenizer.
@@ -80,6 +89,10 @@ def load_model(settings: ModelSettings, mesh: Mesh, seed: int = 0) -> Model:
         config = dataclasses.replace(settings.config, **changes)
         policy = make_policy(config)
         params = init_params(policy, config, mesh, jax.random.key(seed))
+    if heads:
+        policy = with_heads(policy, config.hidden_size, heads)
+        extra = init_heads(jax.random.key(seed), config.hidden_size, heads)
+        params = params | {"heads": jax.device_put(extra, NamedSharding(mesh, PartitionSpec()))}
     return Model(policy, config, params, tokenizer, folder)
 
 
@@ -165,6 +178,7 @@ def heldout_batches(data: Data, rows_per_batch: int) -> Iterator[PreferenceBatch
 
 
 def _share(group: TokenGroup) -> float:
-    """A number in [0, 1) that follows from the prompt alone."""
-    digest = hashlib.blake2b(group.prompt.tobytes(), digest_size=8).digest()
+    """A number in [0, 1) that follows from the prompt alone (or from the text, if it has none)."""
+    content = group.prompt if len(group.prompt) > 1 else group.completions[0]
+    digest = hashlib.blake2b(content.tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

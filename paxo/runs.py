@@ -34,6 +34,7 @@ from paxo.loading import (
     token_limits,
 )
 from paxo.logp_store import LogpStore
+from paxo.models.heads import HEADS
 from paxo.models.pretrained import read_config, resolve_model
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.objectives import Objective
@@ -60,7 +61,8 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     mesh = _mesh(settings)
-    model = load_model(settings.model, mesh, settings.train.seed)
+    heads = [name for name in HEADS if name in settings.objective.arrays]
+    model = load_model(settings.model, mesh, settings.train.seed, heads)
     data = load_data(settings.data, model)
     check_candidates(settings.objective, data.shape.candidates)
     artifacts.save_model_card(

@@ -94,9 +94,46 @@ def token_scores(
 
 
 def scored_hidden(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
-    """`[R, S, D]` hidden states that predict the scored tokens: the only shift by one."""
-    hidden = policy.trunk(params, batch.tokens, batch.positions, batch.group, batch.branch)
+    """`[R, S, D]` hidden states that predict the scored tokens."""
+    return predicting(all_hidden(policy, params, batch), batch)
+
+
+def predicting(hidden: Array, batch: PreferenceBatch) -> Array:
+    """`[R, L, ...] -> [R, S, ...]` of the tokens before the scored ones: the only shift by one."""
     return jnp.take_along_axis(hidden, batch.score_from[..., None], axis=1)
+
+
+def all_hidden(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
+    """`[R, L, D]` hidden states of every token."""
+    return policy.trunk(params, batch.tokens, batch.positions, batch.group, batch.branch)
+
+
+def head_outputs(
+    policy: Policy, params: Params, batch: PreferenceBatch, names: Sequence[str], hidden: Array
+) -> dict[str, Array]:
+    """What the policy's extra heads say, by name.
+
+    Args:
+        policy: has those heads.
+        params: its parameters.
+        batch: packed rows.
+        names: of `policy.heads`.
+        hidden: `[R, L, D]` from `all_hidden`.
+
+    Returns:
+        "scores" `[R, G, K]`, read at each candidate's last token; the others `[R, G, K, T]`, read
+        where the tokens are predicted.
+    """
+    out = {}
+    for name in names:
+        if name == "scores":
+            last = _last_tokens(batch).reshape(len(batch.tokens), -1)
+            states = jnp.take_along_axis(hidden, last[..., None], axis=1)
+            out[name] = policy.heads[name](params, states).reshape(batch.where.shape)
+        else:
+            states = predicting(hidden, batch)
+            out[name] = by_candidate(policy.heads[name](params, states), batch)
+    return out
 
 
 def slot_sums(values: Array, batch: PreferenceBatch) -> Array:
@@ -305,8 +342,9 @@ def params_fingerprint(params: Params) -> str:
     [True, False]
     """
     digest = hashlib.blake2b(digest_size=16)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        sums = np.asarray(_bit_sums(leaf))
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, leaf), sums in zip(leaves, _all_bit_sums([leaf for _, leaf in leaves])):
+        sums = np.asarray(sums)
         digest.update(
             f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {sums.tolist()}".encode()
         )
@@ -314,6 +352,11 @@ def params_fingerprint(params: Params) -> str:
 
 
 @jax.jit
+def _all_bit_sums(leaves: list[Array]) -> list[Array]:
+    """One program: to compile one for each shape took seconds."""
+    return [_bit_sums(leaf) for leaf in leaves]
+
+
 def _bit_sums(x: Array) -> Array:
     """Two sums of the bits, by position, modulo 2^32: integers add up alike in any order."""
     # 64 bits become two numbers on an axis of their own.
@@ -334,6 +377,16 @@ def _bit_sums(x: Array) -> Array:
 @functools.cache
 def _jitted(function: Callable) -> Callable:
     return jax.jit(function, static_argnums=0)
+
+
+def _last_tokens(batch: PreferenceBatch) -> Array:
+    """`[R, G, K]` index in the row of each candidate's last token, 0 where there is none."""
+    groups, candidates = batch.where.shape[-2:]
+    index = jnp.arange(batch.tokens.shape[1])
+    slot = (batch.group - 1) * candidates + batch.branch - 1
+    slot = jnp.where(batch.branch == 0, -1, slot)
+    mine = slot[:, :, None] == jnp.arange(groups * candidates)
+    return jnp.max(jnp.where(mine, index[:, None], 0), axis=1).reshape(batch.where.shape)
 
 
 def _num_slots(batch: PreferenceBatch) -> int:

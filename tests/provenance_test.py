@@ -12,7 +12,8 @@ import pytest
 import paxo
 from paxo import provenance
 from paxo.overrides import SettingsError, flatten
-from paxo.provenance import write_run_folder
+from paxo.provenance import forget_unless_begun, write_run_folder
+from paxo.training.writers import LogWriter
 
 ENVIRONMENT = {"packages": {"jax": "1"}}
 
@@ -200,3 +201,33 @@ def test_the_packages_log_is_copied_to_the_run_folder_inside_the_block_only(tmp_
     logger.warning("afterwards")
     (line,) = (tmp_path / "log.txt").read_text().splitlines()
     assert line.endswith("INFO paxo.somewhere: restored step 3")
+
+
+def test_what_is_logged_during_training_stands_in_the_log_once(tmp_path):
+    with provenance.log_to(tmp_path):
+        writer = LogWriter(tmp_path / "log.txt", total_steps=2)
+        logging.getLogger("paxo.somewhere").warning("stopped by SIGTERM")
+        writer.close()
+    (line,) = (tmp_path / "log.txt").read_text().splitlines()
+    assert line.endswith("stopped by SIGTERM")
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_to_other_settings(
+    folder, experiment_file
+):
+    write_run_folder(folder, experiment_file, Settings(), [])
+    (folder / "sft").mkdir()
+    (folder / "sft" / "metrics.jsonl").touch()
+    forget_unless_begun(folder)
+    assert write_run_folder(folder, experiment_file, Settings(name="second"), []) is False
+    (folder / "sft" / "metrics.jsonl").write_text('{"step": 1}')
+    forget_unless_begun(folder)
+    with pytest.raises(SettingsError, match='name was "second", now "third"'):
+        write_run_folder(folder, experiment_file, Settings(name="third"), [])
+
+
+def test_a_checkpoint_without_metrics_is_a_run_that_has_begun(folder, experiment_file):
+    write_run_folder(folder, experiment_file, Settings(), [])
+    (folder / "dpo" / "checkpoints" / "100").mkdir(parents=True)
+    forget_unless_begun(folder)
+    assert (folder / "config.json").exists()

@@ -97,7 +97,7 @@ class TextTokenizer:
             raise TextError(
                 expected="a string",
                 got=f"messages, and tokenizer {self.name} has no chat template",
-                way_out="give it one, model.chat_template or load_tokenizer(..., chat_template=...)",
+                way_out="set model.chat_template, or load_tokenizer(..., chat_template=...)",
                 reason="messages, but no chat template",
             )
         import jinja2

@@ -13,12 +13,14 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     """Prints rows under their columns; the first column names them."""
     import rich
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(x if isinstance(x, str) else f"{x:.3f}" for x in row))
+        # As Text: in a string, "[a]" would be a mark-up of rich's.
+        table.add_row(*(Text(x if isinstance(x, str) else f"{x:.3f}") for x in row))
     rich.get_console().print(table)
 
 

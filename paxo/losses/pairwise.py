@@ -17,6 +17,9 @@ import jax.numpy as jnp
 from paxo.losses.contract import FlipRate, NonNegative, Positive
 from paxo.numerics import Array, at_least_float32, masked, masked_rows, safe_divide
 
+# Exponents are cut here: exp of 89 is infinite in float32, and products with it must stay finite.
+MAX_EXPONENT = 80.0
+
 
 def margin(x: Array) -> Array:
     """`[..., 2] -> [...]` chosen minus rejected."""
@@ -31,6 +34,37 @@ def log_ratios(policy_logps: Array, reference_logps: Array, where: Array | None 
     )
     # Masked before the difference: inf - inf is NaN, and NaN reaches the gradient.
     return masked(policy_logps, where) - masked(reference_logps, where)
+
+
+def pair_log_ratios(
+    policy_logps: Array, reference_logps: Array, where: Array | None = None, *, candidates: int = 2
+) -> Array:
+    """`log_ratios` of groups that are checked to have that many candidates."""
+    check_candidates(policy_logps, reference_logps, where, candidates=candidates)
+    return log_ratios(policy_logps, reference_logps, where)
+
+
+def token_log_ratios(
+    policy_token_logps: Array,
+    reference_token_logps: Array,
+    token_mask: Array,
+    where: Array | None = None,
+    *,
+    candidates: int = 2,
+) -> tuple[Array, Array]:
+    """`[..., K, T]` log-ratios token by token, 0 where masked, and the tokens that count."""
+    chex.assert_equal_shape([policy_token_logps, reference_token_logps, token_mask])
+    kept = token_mask.astype(bool)
+    check_candidates(kept[..., 0], where, candidates=candidates)
+    if where is not None:
+        kept = kept & where[..., None]
+    return log_ratios(policy_token_logps, reference_token_logps, kept), kept
+
+
+def check_candidates(*arrays: Array | None, candidates: int = 2) -> None:
+    """Raises unless all arrays that are not None are `[..., candidates]`, of one shape."""
+    chex.assert_equal_shape([x for x in arrays if x is not None])
+    chex.assert_axis_dimension(arrays[0], -1, candidates)
 
 
 def dpo_loss(
@@ -56,8 +90,7 @@ def dpo_loss(
     Rafailov et al. 2023, arXiv:2305.18290, Eq. 7. TRL `sigmoid`, HALOs `dpo`, EasyDeL `sigmoid`
     and Tunix `dpo` compute the same.
     """
-    _check_pairs(policy_logps, reference_logps, where)
-    ratios = log_ratios(policy_logps, reference_logps, where)
+    ratios = pair_log_ratios(policy_logps, reference_logps, where)
     return masked_rows(jax.nn.softplus(-beta * margin(ratios)), where)
 
 
@@ -97,8 +130,7 @@ def ipo_loss(
     whose log-probs differ), EasyDeL, LLaMA-Factory. Summed: the DPO authors' code, OpenRLHF,
     EasyLM.
     """
-    _check_pairs(policy_logps, reference_logps, where)
-    ratios = log_ratios(policy_logps, reference_logps, where)
+    ratios = pair_log_ratios(policy_logps, reference_logps, where)
     if length_normalize and lengths is not None:
         ratios = safe_divide(ratios, masked(lengths, where))
     return masked_rows(jnp.square(margin(ratios) - 1 / (2 * tau)), where)
@@ -138,13 +170,8 @@ def simpo_loss(
     HALOs and Levanter name the ratio alike; TRL's CPO trainer wants `loss_type="simpo"` with
     `simpo_gamma = beta * gamma_beta_ratio` and `cpo_alpha=0`.
     """
-    _check_pairs(policy_logps, lengths, where)
+    check_candidates(policy_logps, lengths, where)
     logps = masked(at_least_float32(policy_logps), where)
     rewards = safe_divide(logps, masked(lengths, where))
     x = beta * (margin(rewards) - gamma_beta_ratio)
     return masked_rows(jax.nn.softplus(-x) + label_smoothing * x, where)
-
-
-def _check_pairs(logps: Array, other: Array, where: Array | None) -> None:
-    chex.assert_equal_shape([logps, other] if where is None else [logps, other, where])
-    chex.assert_axis_dimension(logps, -1, 2)

@@ -204,7 +204,7 @@ def _decode(config, params, cache: Cache, tokens, index) -> tuple[Cache, Array]:
 
 
 def _cached_attention(q, k, v, layer_cache, in_prompt, before) -> Array:
-    """`q [B, K, G, Q, H]` over the shared prompt, the candidate's own past, and its own `k, v [B, K, G, H]`."""
+    """`q [B, K, G, Q, H]` over the shared prompt, the candidate's past and itself (`k, v`)."""
     prompt_k, prompt_v, own_k, own_v = layer_cache
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q = q * q.shape[-1] ** -0.5

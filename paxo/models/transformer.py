@@ -96,7 +96,7 @@ class SwiGLU(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer. How it attends is an argument: packed rows and cached decoding share the weights."""
+    """One layer. How it attends is an argument: packed rows and decoding share the weights."""
 
     def __init__(self, config: ModelConfig, *, rngs):
         self.attention_norm = RMSNorm(config)

@@ -223,39 +223,33 @@ class Checkpointer:
 class _QuietThreads(logging.Filter):
     """Drops the tracebacks of Orbax's threads: the error itself is raised too.
 
-    They go on after the error was raised, so what failed to write stays quiet until the end.
+    They come after it as well, so where a write has failed this stays until the program ends.
     """
-
-    LOGGERS = ("absl", "asyncio")
 
     def __init__(self) -> None:
         super().__init__()
         self.failed = False
-        self._hook = sys.unraisablehook
-        sys.unraisablehook = self._unraisable
-        for name in self.LOGGERS:
-            logging.getLogger(name).addFilter(self)
+        self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+        for each in self._loggers:
+            each.addFilter(self)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is shown."""
+        # Whose path absl's records show depends on who made its logger first.
         message = record.getMessage()
-        # The path of absl's records is Orbax's or absl's own: who made the logger first decides.
         of_orbax = "orbax" in record.pathname + message or message.startswith("[process=")
         no_metrics = "did not provide metrics" in message
         return not (of_orbax and (record.levelno >= logging.ERROR or no_metrics))
 
     def _unraisable(self, what: Any) -> None:
-        # Writes that end after the loop which waited for them.
-        if str(what.exc_value) != "Event loop is closed":
+        if str(what.exc_value) != "Event loop is closed":  # a write outlived what waited for it
             self._hook(what)
 
     def restore(self) -> None:
-        """Undo it, unless threads may still fail."""
-        if self.failed:
-            return
-        sys.unraisablehook = self._hook
-        for name in self.LOGGERS:
-            logging.getLogger(name).removeFilter(self)
+        if not self.failed:
+            sys.unraisablehook = self._hook
+            for each in self._loggers:
+                each.removeFilter(self)
 
 
 def _check_writable(folder: epath.Path) -> None:

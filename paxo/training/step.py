@@ -8,7 +8,7 @@ Losses that couple groups see the whole global batch. All microbatches are score
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ def make_train_step(
     gradients = _coupled_gradients if objective.whole_batch else _separable_gradients
 
     def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, dict[str, Array]]:
-        check_batch(objective, batch)
+        check_batch(objective, batch, policy.heads)
         key = jax.random.fold_in(state.key, state.step)
         run = _Run(policy, objective, state, key, microbatches, axis_name)
         grads, loss, means, objective_state = gradients(run, batch)
@@ -154,7 +154,7 @@ def pmap_step(step: Step, axis_name: str, devices: Any = None) -> Step:
     return run
 
 
-def check_batch(objective: Objective, batch: PreferenceBatch) -> None:
+def check_batch(objective: Objective, batch: PreferenceBatch, heads: Collection[str] = ()) -> None:
     """Raises unless every array that the objective cannot do without is there."""
     for role in objective.roles:
         if role not in batch.fixed_logps:
@@ -179,7 +179,7 @@ def check_batch(objective: Objective, batch: PreferenceBatch) -> None:
         "state",
         *TOKEN_QUANTITIES,
     }
-    provided |= {f"{role}_logps" for role in objective.roles} | set(batch.extras)
+    provided |= {f"{role}_logps" for role in objective.roles} | set(batch.extras) | set(heads)
     provided |= {f"{role}_token_logps" for role in objective.token_roles}
     missing = sorted(
         n for n, required in objective.arrays.items() if required and n not in provided
@@ -219,14 +219,18 @@ class _Run:
             for name in self.objective.arrays
             if name in TOKEN_QUANTITIES
         }
+        heads = [name for name in self.policy.heads if name in self.objective.arrays]
+        hidden = scoring.all_hidden(self.policy, params, batch)
         by_token = scoring.token_scores(
             self.policy,
             params,
             batch,
             sorted({"logps", *wanted.values()}),
+            hidden=scoring.predicting(hidden, batch),
             reference_head=self.state.frozen.get("reference_head") if self.state.frozen else None,
         )
         out = {"policy_logps": scoring.slot_sums(by_token["logps"], batch)}
+        out |= scoring.head_outputs(self.policy, params, batch, heads, hidden)
         return out | {name: scoring.by_candidate(by_token[q], batch) for name, q in wanted.items()}
 
     def given(self, batch: PreferenceBatch) -> dict[str, Array]:

@@ -218,7 +218,9 @@ class LogWriter:
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._logger = logging.getLogger("paxo")
         self._level_before = self._logger.level
-        self._logger.addHandler(self._handler)
+        files = [getattr(handler, "baseFilename", None) for handler in self._logger.handlers]
+        if self._handler.baseFilename not in files:  # `paxo run` logs to this file already
+            self._logger.addHandler(self._handler)
         if self._logger.getEffectiveLevel() > logging.INFO:
             self._logger.setLevel(logging.INFO)
         self._lines = _Lines(total_steps, name, seconds_between_lines)

@@ -1,6 +1,7 @@
 """The same loss and gradient on one device, on a mesh, under pmap, whole and in microbatches."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,10 @@ from paxo.objectives import Objective, Term, objective, weighted_sum
 from paxo.scoring import attach_logps, make_scorer
 from paxo.training.state import init_state, state_shardings
 from paxo.training.step import compile_step, make_train_step, place_rows, pmap_step
+from tests.compiling import compilations, quick_compiles  # noqa: F401
 from tests.made import made_batch, tiny_policy
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @whole_batch
@@ -53,97 +57,77 @@ def token_nll(policy_token_logps, token_mask, *, where=None):
 
 OBJECTIVES = {
     "dpo": objective("dpo", beta=0.5),
-    "ipo": objective("ipo"),
-    "simpo": objective("simpo"),
-    "nll": objective("nll"),
     "dpo + nll": weighted_sum((objective("dpo"), 1.0), (objective("nll"), 0.2)),
     "whole_batch": Objective((Term("centred", centred_loss, {}),)),
     "stateful": Objective((Term("shifted", shifted_loss, {"rate": 0.5}),)),
     "token-level": Objective((Term("token_nll", token_nll, {}),)),
 }
 RATE = 0.1
+# The two ways in which gradients are made, whole and in parts; the other objectives in parts.
+IN_EVERY_WAY = ("dpo", "whole_batch")
+CASES = [
+    (name, placement, microbatches)
+    for name in OBJECTIVES
+    for placement in ("one device", "2x2x2 mesh", "pmap over 4")
+    for microbatches in (1, 4)
+    if (name in IN_EVERY_WAY or microbatches == 4)
+    and (placement, microbatches) != ("one device", 1)
+]
 
 
-def made_run(goal):
-    policy, params = tiny_policy()
-    _, other = tiny_policy(seed=7)
-    batch = attach_logps(made_batch(24, rows=16), "reference", make_scorer(policy, other))
+@functools.cache
+def made_run(name):
+    policy, params = tiny_policy(num_layers=1)
+    _, other = tiny_policy(seed=7, num_layers=1)
+    groups = made_batch(24, rows=16, length=32, longest=5)
+    batch = attach_logps(groups, "reference", make_scorer(policy, other))
     optimizer = optax.sgd(RATE)
-    state = init_state(params, goal, optimizer, jax.random.key(3))
+    state = init_state(params, OBJECTIVES[name], optimizer, jax.random.key(3))
     return policy, optimizer, state, jax.tree.map(np.asarray, batch)
 
 
-def gradient_and_loss(before, after, report):
-    """Plain SGD moves by rate * gradient, so the gradient can be read off the new parameters."""
-    grads = jax.tree.map(
-        lambda a, b: (np.asarray(a) - np.asarray(b)) / RATE, before, jax.device_get(after.params)
+@functools.cache
+def found(name, placement, microbatches):
+    """Gradients, memory and report of one step; plain SGD moves by rate * gradient."""
+    policy, optimizer, state, batch = made_run(name)
+    axis_name = "rows" if placement == "pmap over 4" else None
+    step = make_train_step(
+        policy, OBJECTIVES[name], optimizer, microbatches=microbatches, axis_name=axis_name
     )
-    return grads, float(report["loss"]), jax.device_get(after.objective_state)
+    if placement == "one device":
+        after, report = jax.jit(step)(state, batch)
+    elif placement == "pmap over 4":
+        after, report = pmap_step(step, axis_name, jax.devices()[:4])(state, batch)
+    else:
+        mesh = make_mesh(2, 2, 2)
+        placed = param_shardings(policy.logical_axes, state.params, mesh)
+        shardings = state_shardings(state, placed, optimizer)
+        assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
+        compiled = compile_step(step, mesh, shardings, donate=False)
+        after, report = compiled(jax.device_put(state, shardings), place_rows(batch, mesh))
+    moved = jax.tree.map(
+        lambda a, b: (np.asarray(a) - np.asarray(b)) / RATE, state.params, after.params
+    )
+    return moved, jax.device_get(after.objective_state), {k: float(v) for k, v in report.items()}
 
 
-def assert_same(found, expected):
-    (grads, loss, memory), (grads_e, loss_e, memory_e) = found, expected
-    assert loss == pytest.approx(loss_e, rel=1e-5)
-    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads_e))
+@pytest.mark.parametrize(("name", "placement", "microbatches"), CASES)
+def test_step_is_that_of_one_device_on_the_whole_batch(name, placement, microbatches):
+    grads, memory, report = found(name, placement, microbatches)
+    wanted, wanted_memory, wanted_report = found(name, "one device", 1)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(wanted))
     assert largest > 1e-3
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_e)):
-        # SGD's read-off has an error of eps * |parameter| / rate of its own.
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        # Reading the gradient off the parameters has an error of eps * |parameter| / rate.
         np.testing.assert_allclose(a, b, atol=1e-5 * largest + 2e-6)
-    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(memory_e)):
+    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(wanted_memory), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-
-
-@pytest.fixture(scope="module", params=OBJECTIVES, ids=list(OBJECTIVES))
-def case(request):
-    goal = OBJECTIVES[request.param]
-    policy, optimizer, state, batch = made_run(goal)
-    after, report = jax.jit(make_train_step(policy, goal, optimizer))(state, batch)
-    before = jax.device_get(state.params)
-    return goal, policy, optimizer, state, batch, before, gradient_and_loss(before, after, report)
-
-
-def test_four_microbatches_equal_the_whole_batch(case):
-    goal, policy, optimizer, state, batch, before, expected = case
-    step = jax.jit(make_train_step(policy, goal, optimizer, microbatches=4))
-    assert_same(gradient_and_loss(before, *step(state, batch)), expected)
-
-
-@pytest.mark.parametrize("microbatches", [1, 4])
-def test_mesh_of_2x2x2_equals_one_device(case, microbatches):
-    goal, policy, optimizer, state, batch, before, expected = case
-    mesh = make_mesh(2, 2, 2)
-    step = make_train_step(policy, goal, optimizer, microbatches=microbatches)
-    placed = param_shardings(policy.logical_axes, state.params, mesh)
-    shardings = state_shardings(state, placed, optimizer)
-    assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
-    compiled = compile_step(step, mesh, shardings, donate=False)
-    after = compiled(jax.device_put(state, shardings), place_rows(batch, mesh))
-    assert_same(gradient_and_loss(before, *after), expected)
-
-
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_pmap_over_four_devices_equals_one_device(case, microbatches):
-    goal, policy, optimizer, state, batch, before, expected = case
-    body = make_train_step(policy, goal, optimizer, microbatches=microbatches, axis_name="rows")
-    step = pmap_step(body, "rows", jax.devices()[:4])
-    assert_same(gradient_and_loss(before, *step(state, batch)), expected)
-
-
-def test_metrics_are_equal_under_every_placement():
-    goal = OBJECTIVES["dpo"]
-    policy, optimizer, state, batch = made_run(goal)
-    one = jax.jit(make_train_step(policy, goal, optimizer))(state, batch)[1]
-    micro = jax.jit(make_train_step(policy, goal, optimizer, microbatches=4))(state, batch)[1]
-    body = make_train_step(policy, goal, optimizer, axis_name="rows")
-    mapped = pmap_step(body, "rows", jax.devices()[:4])(state, batch)[1]
-    for name in one:
-        assert float(micro[name]) == pytest.approx(float(one[name]), rel=1e-5), name
-        assert float(mapped[name]) == pytest.approx(float(one[name]), rel=1e-5), name
+    assert report == pytest.approx(wanted_report, rel=1e-5, abs=1e-6)
 
 
 def test_donated_state_is_used_up_and_the_second_call_does_not_compile():
     goal = OBJECTIVES["dpo"]
-    policy, optimizer, state, batch = made_run(goal)
+    policy, optimizer, state, batch = made_run("dpo")
     mesh = make_mesh(devices=jax.devices()[:1])
     placed = param_shardings(policy.logical_axes, state.params, mesh)
     shardings = state_shardings(state, placed, optimizer)
@@ -151,14 +135,14 @@ def test_donated_state_is_used_up_and_the_second_call_does_not_compile():
     start = jax.device_put(jax.tree.map(jnp.copy, state), shardings)
     state, _ = step(start, place_rows(batch, mesh))
     assert all(x.is_deleted() for x in jax.tree.leaves(start.params))
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax._src.compiler, "backend_compile_and_load", None)
-        step(state, place_rows(batch, mesh))
+    with compilations() as compiled:
+        state, _ = step(state, place_rows(batch, mesh))
+    assert not compiled.count
 
 
 def test_missing_role_names_the_call_that_adds_it():
     goal = OBJECTIVES["dpo"]
-    policy, optimizer, state, batch = made_run(goal)
+    policy, optimizer, state, batch = made_run("dpo")
     batch = dataclasses.replace(batch, fixed_logps={})
     step = make_train_step(policy, goal, optimizer)
     with pytest.raises(ValueError, match=r"needs log-probs of role 'reference'.*paxo.attach_logps"):
@@ -170,13 +154,13 @@ def test_missing_extra_names_the_setting_that_adds_it():
         return policy_logps[..., 0] + offsets
 
     goal = Objective((Term("odpo", needs_offsets, {}),))
-    policy, optimizer, state, batch = made_run(OBJECTIVES["dpo"])
+    policy, optimizer, state, batch = made_run("dpo")
     with pytest.raises(ValueError, match=r"needs offsets, which nobody provides.*data.extras"):
         jax.jit(make_train_step(policy, goal, optimizer))(state, batch)
 
 
 def test_rows_that_cannot_be_split_are_refused():
     goal = OBJECTIVES["dpo"]
-    policy, optimizer, state, batch = made_run(goal)
+    policy, optimizer, state, batch = made_run("dpo")
     with pytest.raises(ValueError, match="16 rows of a batch cannot be split into 3 microbatches"):
         jax.jit(make_train_step(policy, goal, optimizer, microbatches=3))(state, batch)

@@ -1,0 +1,1 @@
+"""Measurements of time and memory; NOTES.md holds what was found."""

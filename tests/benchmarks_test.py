@@ -1,0 +1,43 @@
+"""The benchmark trains on the very same weights and batch as every other trainer."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import dpo_step
+from tests.made_run import PROJECT
+
+
+def measured(*arguments, **variables):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.dpo_step", *arguments],
+        cwd=PROJECT,
+        env=os.environ | {"XLA_FLAGS": ""} | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_first_losses_of_w2_are_those_of_the_other_trainers():
+    if not (dpo_step.bench_folder() / "common.py").is_file():
+        pytest.skip(f"no bench folder at {dpo_step.bench_folder()}: set PAXO_BENCH")
+    finished = measured("--workload", "W2", "--steps", "3", "--warmup", "0")
+    assert finished.returncode == 0, finished.stderr
+    (line,) = finished.stdout.splitlines()
+    found = json.loads(line.removeprefix("JSON "))
+    assert found["losses"] == pytest.approx([0.69315, 0.53326, 0.41335], abs=1e-4)
+    assert found["row_length"] == 3 * 64
+    assert found["temp_bytes"] > 0
+    assert found["tokens_per_s"] > 0
+    assert found["compile_s"] > 0
+
+
+def test_without_a_bench_folder_one_line_says_so(tmp_path):
+    finished = measured(PAXO_BENCH=str(tmp_path))
+    assert finished.returncode == 2
+    assert (
+        finished.stderr == f"{tmp_path}: no common.py there; set PAXO_BENCH to the bench folder\n"
+    )
