@@ -18,7 +18,7 @@ from paxo import artifacts
 from paxo.data import inspect as inspect_lib
 from paxo.data.batching import Batches, DataState
 from paxo.data.packing import group_sizes, packing_overhead
-from paxo.data.sources import load_records
+from paxo.data.sources import load_records, open_source
 from paxo.data.tokenise import load_tokenizer, tokenise
 from paxo.evaluation.estimates import Estimate
 from paxo.evaluation.heldout import nll_per_token, reward_accuracy
@@ -61,6 +61,8 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     mesh = _mesh(settings)
+    if settings.data.path is not None:
+        open_source(settings.data.path)  # a wrong path shall not cost the loading of a model first
     heads = [name for name in HEADS if name in settings.objective.arrays]
     model = load_model(settings.model, mesh, settings.train.seed, heads)
     data = load_data(settings.data, model)

@@ -224,7 +224,7 @@ def orpo_loss(
     """
     logps = checked_logps(policy_logps, lengths, where)
     means = safe_divide(logps, masked(lengths, where))
-    odds_ratio = jax.nn.softplus(-margin(means))
+    odds_ratio = jax.nn.softplus(margin(log1mexp(means)) - margin(means))
     nll = nll_term(logps, lengths, where, 0, nll_reduction)
     return masked_rows(nll + lam * odds_ratio, where)
 

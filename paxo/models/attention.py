@@ -9,36 +9,22 @@ Shapes in names: B rows, T query tokens, S key tokens, G key-value heads, Q quer
 head, H head width; M blocks of C tokens in all rows, N of which are worked on side by side.
 """
 
+import collections
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from paxo.models.sharding import partition_spec
 
 Array = jax.Array
 # Large enough to vanish after the softmax, small enough to stay finite in bfloat16.
 MASKED = -1e30
-
-
-class Sizes(NamedTuple):
-    """How attention is computed on a device.
-
-    Attributes:
-        dense: most scores, of all rows and heads, that are computed densely.
-        block: C.
-        scores: most scores that exist at a time where there are blocks.
-    """
-
-    dense: int
-    block: int
-    scores: int
-
-
-# On CPU the scores should stay in a cache. Measured: benchmarks/NOTES.md.
+# A device computes up to `dense` scores densely, more in blocks of C = `block` tokens; then about
+# `scores` exist at a time, which on CPU a cache should hold. Measured: benchmarks/NOTES.md.
+Sizes = collections.namedtuple("Sizes", "dense block scores")
 SIZES = {"cpu": Sizes(2**20, 64, 2**18)}
 SIZES_ELSEWHERE = Sizes(2**22, 128, 2**24)
 
@@ -50,18 +36,11 @@ def packed_attention(
 ) -> Array:
     """Softmax attention of each token to itself and the earlier ones of its prompt and its branch.
 
-    Scores and softmax are float32. On a mesh rows and key-value heads stay where they are. The
-    gradient can be taken once, in reverse mode.
+    `group_BT` is 0 on padding, and the tokens of a group lie side by side; `branch_BT` is 0 on its
+    prompt and k on its completion k. Scores and softmax are float32. On a mesh rows and key-value
+    heads stay where they are. Differentiable once, in reverse mode.
 
-    Args:
-        q_BTGQH: queries.
-        k_BTGH: keys.
-        v_BTGH: values.
-        group_BT: group of each token, 0 on padding; the tokens of a group must lie side by side.
-        branch_BT: 0 on a prompt, k on completion k.
-
-    Returns:
-        `[B, T, G, Q, H]` in the dtype of the queries, 0 on padding.
+    Returns `[B, T, G, Q, H]` in the dtype of the queries, 0 on padding.
 
     >>> zeros, value = jnp.zeros((1, 4, 1, 1, 1)), jnp.array([0.0, 2.0, 7.0, 4.0])
     >>> group, branch = jnp.array([[1, 1, 1, 1]]), jnp.array([[0, 0, 1, 2]])
@@ -133,8 +112,7 @@ def _on_each_device(function: Callable, takes: str, gives: str) -> Callable:
     def run(q, *others):
         axes = ("batch", "length", "activation_kv_heads", None, None)
         rows, _, heads, *_ = partition_spec(axes, q.shape, mesh.shape)
-        spec = {"w": PartitionSpec(rows, None, heads), ".": PartitionSpec(rows)}
-        spec["m"] = PartitionSpec(rows, heads)
+        spec = {"w": P(rows, None, heads), ".": P(rows), "m": P(rows, heads)}
         into, out_of = (tuple(spec[kind] for kind in kinds) for kinds in (takes, gives))
         # The check would want every loop's start to be marked as differing between devices.
         placed = jax.shard_map(function, in_specs=into, out_specs=out_of, check_vma=False)
@@ -197,7 +175,8 @@ def _backward(q, k, v, group, branch, out, lse, d_out) -> tuple[Array, Array, Ar
             d_scores = (weights * (d_weights - inner[at][..., None])).astype(k.dtype)
             d_key += _product("ngts,ngth->ngsh", d_scores, query)
             d_value += _product("ngts,ngth->ngsh", weights.astype(v.dtype), d_out)
-            # Each lane adds to another block of queries, so the order of sums never changes.
+            # Each lane adds to another block of queries, one that is done to none: no two meet, so
+            # sums have one order.
             d_queries = d_queries.at[jnp.where(i < count, own + i, len(queries))].add(
                 _product("ngts,ngsh->ngth", d_scores, key), mode="drop", unique_indices=True
             )
@@ -209,9 +188,8 @@ def _backward(q, k, v, group, branch, out, lse, d_out) -> tuple[Array, Array, Ar
 
     lanes, unsorted = _lanes(_reach(group)[1], q.shape)
     d_queries, d_own = jax.lax.scan(of_keys, jnp.zeros(queries.shape, jnp.float32), lanes)
-    d_query = _join(d_queries * q.shape[-1] ** -0.5, q.shape)
-    d_key, d_value = (_join(unsorted(x), k.shape) for x in d_own)
-    return d_query.astype(q.dtype), d_key.astype(k.dtype), d_value.astype(v.dtype)
+    d_query = _join(d_queries * q.shape[-1] ** -0.5, q.shape).astype(q.dtype)
+    return d_query, *(_join(unsorted(x), k.shape).astype(k.dtype) for x in d_own)
 
 
 def _masked(scores, labels, queries, keys, distance, count) -> Array:
@@ -267,6 +245,5 @@ def _cut(x: Array) -> Array:
 
 def _join(x: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `_cut`."""
-    g, h = shape[2], shape[-1]
-    blocks = x.reshape(len(x), g, -1, _sizes().block, h).transpose(0, 3, 1, 2, 4)
-    return blocks.reshape(shape)
+    blocks = x.reshape(*x.shape[:2], -1, _sizes().block, x.shape[-1])
+    return blocks.transpose(0, 3, 1, 2, 4).reshape(shape)
