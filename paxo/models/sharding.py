@@ -45,8 +45,8 @@ def make_mesh(
     Raises:
         ValueError: if the sizes do not multiply to the number of devices.
 
-    >>> make_mesh(devices=jax.devices()[:1]).shape
-    OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]

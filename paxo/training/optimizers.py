@@ -131,8 +131,9 @@ class AdamW:
 def adamw(learning_rate: float, **settings: Any) -> AdamW:
     """Settings of an AdamW; see `AdamW` for them.
 
-    >>> adamw(1e-4, warmup_steps=10, schedule="linear").build(num_steps=100).schedule(9)
-    Array(1.e-04, dtype=float32...)
+    >>> schedule = adamw(1e-3, warmup_steps=10, schedule="linear").build(num_steps=100).schedule
+    >>> [round(float(schedule(step)), 6) for step in (0, 9, 100)]
+    [0.0001, 0.001, 0.0]
     """
     return AdamW(learning_rate, **settings)
 
