@@ -280,8 +280,11 @@ def neural_ndcg_loss(
 
 def _scaled(_: int, soft: Array) -> Array:
     """One step of Sinkhorn's: columns, then rows, to sums of 1; empty ones stay empty."""
-    soft = soft / jnp.maximum(jnp.sum(soft, axis=-2, keepdims=True), 1e-10)
-    return soft / jnp.maximum(jnp.sum(soft, axis=-1, keepdims=True), 1e-10)
+    for axis in (-2, -1):
+        total = jnp.sum(soft, axis=axis, keepdims=True)
+        # An empty row over a small number would grow its gradient at every step.
+        soft = soft / jnp.where(total > 1e-10, total, 1)
+    return soft
 
 
 def _minus_share(found: Array, labels: Array, where: Array) -> Mean:

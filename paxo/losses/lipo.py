@@ -181,9 +181,8 @@ def lambda_weights(
     normalize: bool = False,
     topn: int = 0,
 ) -> Array:
-    """`[..., K, K]` the Delta of `lipo_lambda_loss`, without gradient."""
+    """`[..., K, K]` the Delta of `lipo_lambda_loss`: of ranks, hence without gradient."""
     size = scores.shape[-1]
-    scores = jax.lax.stop_gradient(scores)
     if weighting == "none":
         return jnp.ones((*scores.shape, size), scores.dtype)
     if weighting == "label_difference":

@@ -47,7 +47,7 @@ def bpo_loss(
     >>> bpo_loss(jnp.array([-4., -6., -4.]), jnp.array([-5., -5., -5.]), beta=0.5)
     Array(1.0064089, dtype=float32)
 
-    Yu et al. 2025, arXiv:2503.14189, and the authors' code (`DPO2Trainer`). Several other methods
+    Li et al. 2025, arXiv:2503.14189, and the authors' code (`DPO2Trainer`). Several other methods
     are called BPO. TRL, EasyDeL and HALOs do not have it.
     """
     rewards = beta * pair_log_ratios(policy_logps, reference_logps, where, candidates=3)
