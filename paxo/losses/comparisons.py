@@ -5,10 +5,11 @@ Candidates stand in any order; their grades say who is better. Masked candidates
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paxo.losses.contract import NonNegative, Positive, Probability
 from paxo.losses.pairwise import log_ratios
-from paxo.losses.ranking import best_candidate, better_pairs, differences, list_inputs
+from paxo.losses.ranking import best_candidate, list_inputs
 from paxo.losses.reference_free import NllReduction
 from paxo.numerics import Array, masked, safe_divide
 
@@ -129,8 +130,10 @@ def rrhf_loss(
     where, policy_logps, lengths, labels = list_inputs(where, policy_logps, lengths, labels)
     tokens = jnp.maximum(lengths, 1)
     scores = policy_logps / tokens**length_penalty
-    hinges = jax.nn.relu(-differences(scores))
-    ranking = jnp.sum(masked(hinges, better_pairs(labels, where)), axis=(-2, -1))
+    (one, other), (grade, than), both = (_pairs(x) for x in (scores, labels, where))
+    # Of a tie the sign is 0: no hinge and no gradient.
+    hinges = jax.nn.relu(-jnp.sign(grade - than) * (one - other))
+    ranking = jnp.sum(masked(hinges, both[0] & both[1]), axis=-1)
     imitated = policy_logps / tokens if nll_reduction == "sequence_mean" else policy_logps
     best = jnp.sum(masked(imitated, best_candidate(labels, where)), axis=-1)
     return rrhf_weight * ranking - best
@@ -138,12 +141,19 @@ def rrhf_loss(
 
 def _contrast(advantages: Array, labels: Array, where: Array, bias: float, soft: bool) -> Array:
     """Mean over the pairs i, j of P(i beats j) softplus(bias A_j - A_i), both directions."""
-    both = where[..., :, None] & where[..., None, :] & ~jnp.eye(where.shape[-1], dtype=bool)
+    (one, other), (grade, than), both = (_pairs(x) for x in (advantages, labels, where))
+    both = both[0] & both[1]
     if soft:
-        sums = labels[..., :, None] + labels[..., None, :]
-        wins = jnp.where(sums == 0, 0.5, labels[..., :, None] / jnp.where(sums == 0, 1, sums))
+        total = grade + than
+        wins = jnp.where(total == 0, 0.5, grade / jnp.where(total == 0, 1, total))
     else:
-        wins = 0.5 * (1 + jnp.sign(differences(labels)))
-    lost = jax.nn.softplus(bias * advantages[..., None, :] - advantages[..., :, None])
-    pairs = jnp.sum(both, axis=(-2, -1), dtype=advantages.dtype) / 2
-    return safe_divide(jnp.sum(masked(wins * lost, both), axis=(-2, -1)), pairs)
+        wins = 0.5 * (1 + jnp.sign(grade - than))
+    lost = wins * jax.nn.softplus(bias * other - one)
+    lost = lost + (1 - wins) * jax.nn.softplus(bias * one - other)
+    return safe_divide(jnp.sum(masked(lost, both), axis=-1), jnp.sum(both, axis=-1))
+
+
+def _pairs(x: Array) -> tuple[Array, Array]:
+    """`[..., K] -> [..., K (K - 1) / 2]` twice: the two sides of every pair."""
+    first, second = np.triu_indices(x.shape[-1], 1)
+    return x[..., first], x[..., second]

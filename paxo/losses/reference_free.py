@@ -224,7 +224,9 @@ def orpo_loss(
     """
     logps = checked_logps(policy_logps, lengths, where)
     means = safe_divide(logps, masked(lengths, where))
-    odds_ratio = jax.nn.softplus(margin(log1mexp(means)) - margin(means))
+    # log(1 - p) by one branch of log1mexp: far from 0 its error is absolute, as the means' is.
+    against = jnp.log(-jnp.expm1(jnp.minimum(means, -1e-7)))
+    odds_ratio = jax.nn.softplus(margin(against) - margin(means))
     nll = nll_term(logps, lengths, where, 0, nll_reduction)
     return masked_rows(nll + lam * odds_ratio, where)
 

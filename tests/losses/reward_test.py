@@ -49,6 +49,11 @@ def test_bradley_terry_forms():
             (None, np.array([0.7, 0.1])),
             [p * softplus(-d) + (1 - p) * softplus(d) for p, d in zip((0.7, 0.1), GAPS)],
         ),
+        (  # 0.7 smoothed by 0.2 is 0.7 * 0.8 + 0.3 * 0.2
+            {"label_smoothing": 0.2},
+            (None, np.array([0.7, 0.1])),
+            [p * softplus(-d) + (1 - p) * softplus(d) for p, d in zip((0.62, 0.26), GAPS)],
+        ),
         ({"centering": 0.3}, (), [softplus(-d) + 0.3 * t**2 for d, t in zip(GAPS, (1.7, 1.8))]),
         ({"link": "regression", "temperature": 0.1}, (), [(d / 0.1 - 10) ** 2 / 2 for d in GAPS]),
         (
