@@ -19,26 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paxo.losses import likelihood, pairwise
 from paxo.losses.contract import Range, Real
+from paxo.losses.table import ALIASES, LOSSES
 from paxo.numerics import Array, Mean
 
 logger = logging.getLogger(__name__)
-
-LOSSES: dict[str, Callable[..., Any]] = {
-    "dpo": pairwise.dpo_loss,
-    "ipo": pairwise.ipo_loss,
-    "nll": likelihood.nll_loss,
-    "simpo": pairwise.simpo_loss,
-}
-
-# Other trainers' names for the same formulas.
-ALIASES = {"sft": "nll", "sigmoid": "dpo"}
 
 # "Authors et al. year, arXiv:number" in a docstring, with the equation where it is named.
 PAPER = re.compile(
     r"[\w’'-]+(?: et al\.| and [\w’'-]+)? \d{4}, arXiv:\d{4}\.\d{4,5}(?:, Eqs?\. [\d–-]+)?"
 )
+
+URL = re.compile(r"https?://[^\s,;()]*[^\s,;().]")  # where there is no paper
 
 # Who provides an array, by its name. Anything else is looked up in the batch's `extras`.
 SUMMED = ("policy_logps", "lengths")
@@ -261,7 +253,7 @@ def method_table() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "summary": text.partition("\n")[0],
-                "paper": paper[0] if paper else "",
+                "paper": paper[0] if paper else URL.search(text)[0],
                 "inputs": [array for array in term.arrays if array != "where"],
                 "hyper_parameters": dict(term.hyper_parameters),
             }

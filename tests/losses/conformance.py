@@ -238,11 +238,16 @@ def check_compiles_once(case):
 def check_hyper_parameters(case):
     """Every one of them changes the loss, and is explained."""
     inputs = made_inputs(case)
+    if "state" in inputs:  # some of them act on what is remembered
+        inputs["state"] = evaluate(case, inputs)[1]
     hints = typing.get_type_hints(case.loss, include_extras=True)
     for name, value in case.hyper_parameters.items():
         assert f"{name}:" in (case.loss.__doc__ or ""), f"{case}: {name} is not explained"
         expected = evaluate(case, inputs)
-        for other in case.perturbed.get(name, perturbations(value, hints[name])):
+        others = (
+            case.perturbed[name] if name in case.perturbed else perturbations(value, hints[name])
+        )
+        for other in others:
             found = evaluate(case, inputs, **{name: other})
             changed = _difference(found[0], expected[0]) > 1e-6 or any(
                 np.any(np.asarray(a) != np.asarray(b))
