@@ -180,6 +180,24 @@ class Objective:
         terms[names.index(which)] = changed
         return Objective(tuple(terms))
 
+    @classmethod
+    def named(cls, name: str) -> "Objective":
+        """The objective with this `name` and the papers' values: `dpo`, or `dpo + 0.5 nll`.
+
+        >>> Objective.named("ipo + 0.5 nll").hyper_parameters["nll.weight"]
+        0.5
+        """
+        parts = [part.strip().rpartition(" ") for part in name.split(" + ")]
+        if len(parts) == 1 and not parts[0][0]:
+            return objective(parts[0][2])
+        try:
+            weights = [float(weight or 1) for weight, _, _ in parts]
+        except ValueError:
+            raise ValueError(
+                f"objective {name!r} is read as losses with weights, such as 'dpo + 0.5 nll'"
+            ) from None
+        return weighted_sum(*((objective(loss), w) for w, (_, _, loss) in zip(weights, parts)))
+
     @property
     def _plain(self) -> bool:
         """Whether it is one loss without a weight, whose settings need no prefix."""

@@ -65,6 +65,11 @@ class Record(Protocol):
         """A copy with one hyper-parameter replaced; ValueError where it is out of range."""
         ...
 
+    @classmethod
+    def named(cls, name: str) -> Any:
+        """The record that has this `name`, with its defaults; ValueError where there is none."""
+        ...
+
 
 def apply_overrides(settings: S, overrides: Iterable[str]) -> S:
     """`settings` with the fields named by `overrides` replaced; of two for one field the last wins.
@@ -75,7 +80,9 @@ def apply_overrides(settings: S, overrides: Iterable[str]) -> S:
         settings: a frozen dataclass or `Record`.
         overrides: texts `a.b=value`. The field's annotation says how the value is read: numbers
             (`20`, `1e-4`), `true` or `false`, text, paths, a choice of a Literal or Enum, `none`
-            where the field is Optional, `1,2,3` for tuples, `data:2,fsdp:4` for mappings.
+            where the field is Optional, `1,2,3` for tuples, `data:2,fsdp:4` for mappings. The
+            name of a record stands for that record with its defaults (`objective=ipo`), beside
+            which its own settings may be given (`objective.tau=0.2`).
 
     Raises:
         SettingsError: on an unknown name (naming the nearest), on a value of the wrong type (naming
@@ -176,6 +183,9 @@ def _rebuilt(field: _Field, flags: Mapping[str, _Flag], settings: Any) -> Any:
         own = left.pop(name, None)
         below = [rest for rest in left if rest.startswith(f"{name}.")]
         inner = {rest.removeprefix(f"{name}."): left.pop(rest) for rest in below}
+        if own and isinstance(child.value, Record):  # another record, then its own settings
+            child, own = child._replace(value=_named(own, child.value)), None
+            new[name] = child.value
         if own and inner:
             others = ", ".join(flag.key for flag in inner.values())
             raise SettingsError(f"{own.key!r} cannot be set together with {others}")
@@ -190,6 +200,13 @@ def _rebuilt(field: _Field, flags: Mapping[str, _Flag], settings: Any) -> Any:
     except (ValueError, TypeError) as error:
         given = ", ".join(f"{flag.key}={flag.text}" for flag in flags.values())
         raise SettingsError(f"{error} (set by {given})") from error
+
+
+def _named(flag: _Flag, record: Record) -> Any:
+    try:
+        return type(record).named(flag.text)
+    except ValueError as error:
+        raise SettingsError(f"{error} (set by {flag.key}={flag.text})") from error
 
 
 def _replace(node: Any, new: Mapping[str, Any]) -> Any:

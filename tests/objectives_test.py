@@ -50,6 +50,19 @@ def test_whole_numbers_are_taken_where_a_float_is_wanted():
     assert objective("simpo", beta=10, label_smoothing=0).hyper_parameters["beta"] == 10
 
 
+@pytest.mark.parametrize(
+    "name", ["dpo", "0.5 dpo", "dpo + 0.5 nll", "ipo + -0.1 nll + 2e-07 simpo"]
+)
+def test_a_name_gives_the_objective_that_has_it(name):
+    assert Objective.named(name).name == name
+
+
+@pytest.mark.parametrize("name", ["dpo +nll", "half dpo", "dpo + x nll"])
+def test_a_name_that_cannot_be_read_is_refused(name):
+    with pytest.raises(ValueError, match="objective"):
+        Objective.named(name)
+
+
 @pytest.mark.parametrize("alias", ALIASES)
 def test_alias_is_logged_with_its_name_here(alias, caplog):
     with caplog.at_level(logging.INFO, "paxo.objectives"):

@@ -54,10 +54,9 @@ class Train:
 class Loss:
     """A record of the objective's kind: hyper-parameters of a function, one with a dotted name."""
 
-    def __init__(self, **values: float):
+    def __init__(self, name: str = "dpo", **values: float):
+        self.name = name
         self.hyper_parameters = {"beta": 0.1, "nll.weight": 1.0} | values
-
-    name = "dpo"
 
     def field_names(self) -> Mapping[str, Any]:
         return dict.fromkeys(self.hyper_parameters, float)
@@ -65,7 +64,13 @@ class Loss:
     def with_field(self, name: str, value: Any) -> "Loss":
         if value < 0:
             raise ValueError(f"objective 'dpo': {name} must be at least 0; got {value}")
-        return Loss(**(self.hyper_parameters | {name: value}))
+        return Loss(self.name, **(self.hyper_parameters | {name: value}))
+
+    @classmethod
+    def named(cls, name: str) -> "Loss":
+        if name not in ("dpo", "ipo"):
+            raise ValueError(f"unknown objective {name!r}")
+        return cls(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +178,7 @@ def test_the_settings_given_are_not_changed():
         ("train.num_steps", "given as name=value, like train.num_steps=20; got 'train.num_steps'"),
         ("model.num_heads=6", "must divide num_heads; got 4 and 6 (set by model.num_heads=6)"),
         ("objective.beta=-1", "must be at least 0; got -1.0 (set by objective.beta=-1)"),
+        ("objective=ppo", "unknown objective 'ppo' (set by objective=ppo)"),
     ],
 )
 def test_a_wrong_flag_is_told_what_is_wrong_and_the_way_out(override, message):
@@ -180,6 +186,13 @@ def test_a_wrong_flag_is_told_what_is_wrong_and_the_way_out(override, message):
         apply_overrides(Settings(), [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_is_replaced_by_its_name_and_keeps_nothing_of_the_old_one():
+    settings = apply_overrides(Settings(), ["objective.beta=0.7"])
+    settings = apply_overrides(settings, ["objective.nll.weight=0.5", "objective=ipo"])
+    assert flatten(settings)["objective"] == "ipo"
+    assert settings.objective.hyper_parameters == {"beta": 0.1, "nll.weight": 0.5}
 
 
 def test_a_mapping_and_one_of_its_entries_cannot_both_be_set():
