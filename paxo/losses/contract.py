@@ -38,6 +38,7 @@ Real = Annotated[float, Range()]
 Positive = Annotated[float, Range(0)]
 NonNegative = Annotated[float, Range(0, low_open=False)]
 Probability = Annotated[float, Range(0, 1, low_open=False, high_open=False)]
+Count = Annotated[int, Range(0, low_open=False)]
 FlipRate = Annotated[float, Range(0, 0.5, low_open=False)]
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import Positive
+from paxo.losses.contract import Count, Positive
 from paxo.losses.pairwise import log_ratios
 from paxo.losses.ranking import (
     better_pairs,
@@ -103,7 +103,7 @@ def lipo_lambda_loss(
     log_base: Literal["2", "e"] = "2",
     scale_by_k: bool = True,
     normalize: bool = False,
-    topn: int = 0,
+    topn: Count = 0,
     reduction: Reduction = "batch",
     where: Array | None = None,
 ) -> Mean:
@@ -179,7 +179,7 @@ def lambda_weights(
     log_base: Literal["2", "e"] = "2",
     scale_by_k: bool = False,
     normalize: bool = False,
-    topn: int = 0,
+    topn: Count = 0,
 ) -> Array:
     """`[..., K, K]` the Delta of `lipo_lambda_loss`: of ranks, hence without gradient."""
     size = scores.shape[-1]

@@ -107,6 +107,7 @@ def check_masked(case):
     """Masked candidates and tokens may hold NaN and infinities: neither value nor gradient sees."""
     where = np.ones((*LEAD, case.candidates), bool)
     where[0, 1, -1], where[1, 2], where[1, 0, 0] = False, False, False
+    where[0, 2, 1:] = False  # a list of one
     inputs = made_inputs(case) | {"where": jnp.asarray(where)}
     expected = None
     for junk in (-3.0, np.nan, np.inf, -np.inf):
@@ -243,6 +244,9 @@ def check_hyper_parameters(case):
     hints = typing.get_type_hints(case.loss, include_extras=True)
     for name, value in case.hyper_parameters.items():
         assert f"{name}:" in (case.loss.__doc__ or ""), f"{case}: {name} is not explained"
+        ranges = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
+        number = hints[name] in (int, float)
+        assert ranges or not number, f"{case}: {name} is a number without a range"
         expected = evaluate(case, inputs)
         others = (
             case.perturbed[name] if name in case.perturbed else perturbations(value, hints[name])

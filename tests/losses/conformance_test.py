@@ -277,6 +277,11 @@ def reads_no_beta(policy_logps, *, beta: Positive = 0.1, where=None):
     return masked_rows(jax.nn.softplus(-margin(masked(policy_logps, where))), where)
 
 
+def takes_any_number(policy_logps, *, beta: float = 0.1, where=None):
+    """beta: of any sign."""
+    return masked_rows(jax.nn.softplus(-beta * margin(masked(policy_logps, where))), where)
+
+
 def branches_on_a_value(policy_logps, *, where=None):
     rows = masked_rows(jax.nn.softplus(-margin(masked(policy_logps, where))), where)
     return rows if jnp.sum(rows) > 0 else -rows
@@ -299,6 +304,7 @@ WRONG = [
     (computes_in_bfloat16, "dtypes", "must be cast before"),
     (falls_to_float32, "dtypes", "float32 out of float64"),
     (reads_no_beta, "hyper_parameters", "beta=0.13 gives the same as beta=0.1"),
+    (takes_any_number, "hyper_parameters", "beta is a number without a range"),
     (reads_no_beta, "documented", "names no arXiv"),
     (needs_a_mask, "invariances", "group_shift does not change the loss"),
 ]
