@@ -304,7 +304,17 @@ def _bound(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> dic
     missing = [key for key, value in bound.items() if value is inspect.Parameter.empty]
     if missing:
         raise ValueError(f"objective {name!r} needs {', '.join(missing)}: it has no default")
+    if hasattr(loss, "check_hyper_parameters"):
+        _check_together(name, loss.check_hyper_parameters, bound)
     return bound
+
+
+def _check_together(name: str, check: Callable[..., Any], bound: Mapping[str, Any]) -> None:
+    wanted = inspect.signature(check).parameters
+    try:
+        check(**{key: value for key, value in bound.items() if key in wanted})
+    except ValueError as error:
+        raise ValueError(f"objective {name!r}: {error}") from error
 
 
 def _annotations(term: Term) -> dict[str, Any]:

@@ -39,6 +39,9 @@ def test_unknown_objective_names_the_nearest(name, message):
         ("dpo", {"beta": True}, TypeError, r"beta must be a float; got True \(bool\)"),
         ("ipo", {"length_normalize": 1}, TypeError, r"must be a bool; got 1 \(int\)"),
         ("nll", {"nll_reduction": "mean"}, ValueError, "must be one of 'token_mean', 'sequence_me"),
+        ("semantic", {"core": "w &"}, ValueError, "objective 'semantic': .*'w &'"),
+        ("semantic", {"core": "rw -> w"}, ValueError, "use semantic_reference"),
+        ("semantic", {"core": "w | ~w"}, ValueError, "leaves no adverse world"),
     ],
 )
 def test_wrong_hyper_parameters_are_refused_by_name(name, settings, error, message):

@@ -42,6 +42,19 @@ Count = Annotated[int, Range(0, low_open=False)]
 FlipRate = Annotated[float, Range(0, 0.5, low_open=False)]
 
 
+def checked(check: Callable[..., Any]) -> Callable[[Callable], Callable]:
+    """Marks a loss whose hyper-parameters are checked together: `check` raises ValueError.
+
+    It is called with those that it names, when the objective is built.
+    """
+
+    def mark(loss: Callable) -> Callable:
+        loss.check_hyper_parameters = check
+        return loss
+
+    return mark
+
+
 def whole_batch(loss: Callable) -> Callable:
     """Marks a loss that couples groups: its leading axes must be the whole global batch."""
     loss.whole_batch = True

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import Positive
+from paxo.losses.contract import Positive, checked
 from paxo.losses.logic import POLICY, REFERENCE, SPECIFICATIONS, Specification, World, symmetric
 from paxo.losses.pairwise import check_candidates
 from paxo.numerics import (
@@ -62,6 +62,21 @@ def compile_loss(
     )
 
 
+def _check(core: str, given: str, also: str) -> None:
+    """The formulas can be read, and leave worlds on both sides."""
+    spec = Specification(core, given, also)
+    spec.favourable, spec.adverse  # noqa: B018 - they raise
+
+
+def _check_without_reference(core: str, given: str, also: str) -> None:
+    _check(core, given, also)
+    if Specification(core, given, also).variables != POLICY:
+        raise ValueError(
+            f"{core!r}, {given!r}, {also!r} name the reference: use semantic_reference"
+        )
+
+
+@checked(_check_without_reference)
 def semantic_loss(
     policy_logps: Array,
     lengths: Array,
@@ -108,6 +123,7 @@ def semantic_loss(
     return masked_rows(_linked(rho, link, beta), where)
 
 
+@checked(_check)
 def semantic_reference_loss(
     policy_logps: Array,
     reference_logps: Array,
