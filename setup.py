@@ -39,7 +39,7 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],  # driver 580 or later
     "hub": ["datasets>=4"],
     "parity": ["rax>=0.4", "torch==2.13.0"],
-    "test": ["pytest>=8", "ruff>=0.14"],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
 }
 
 setuptools.setup(
