@@ -402,7 +402,9 @@ def bco(made, policy, density=None, rounds=1, **settings):
         ref_model=TwoTokens(_tensor(made.reference)[:, 0]),
         args=types.SimpleNamespace(min_density_ratio=0.5, max_density_ratio=10.0),
         _get_prompt_embeddings=lambda batch: (None, None),
-        _get_chosen_prob=lambda _: _tensor(density)[_tensor(made.labels[:, 0]) < 0],
+        _get_chosen_prob=lambda _: _tensor(density).to(policy.dtype)[
+            _tensor(made.labels[:, 0]) < 0
+        ],
         **settings,
     )
     this.running = importlib.import_module(f"trl.{module}").RunningMoments(this.accelerator)
