@@ -2,7 +2,8 @@
 
 TRL's rows are tested against its own code, value and gradient (`tests/losses/trl_parity_test.py`,
 TRL 1.16; the XPO, Nash-MD, BCO and PRM trainers are in TRL up to 1.13 only). The others were read:
-EasyDeL 0.3 (090a03b), HALOs (4831988), and the code that authors published with their papers.
+EasyDeL 0.3 (090a03b; its DPO and CPO functions and its odds ratio were run too), HALOs (4831988),
+and the code that authors published with their papers.
 
 >>> [(row.peer_name, row.equal) for row in comparison("TRL") if row.name == "rso_hinge"]
 [('DPOTrainer hinge', True)]

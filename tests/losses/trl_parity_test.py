@@ -17,6 +17,8 @@ pytest.importorskip("torch", reason="needs torch and trl: pip install -e '.[pari
 pytest.importorskip("trl", reason="needs trl: pip install -e '.[parity]'")
 
 import torch
+import transformers
+from trl.trainer import utils
 
 from tests.losses import trl_trainers as trl
 from tests.losses.trl_cases import CASES
@@ -46,10 +48,10 @@ def by_us(case, loss):
 
 
 def off_by(found, expected):
-    """Error of the gradient relative to its largest number, or the loss's if that is larger.
+    """The larger of the relative errors of loss and gradient.
 
-    A policy gradient's loss may be a small difference of large numbers: its error is taken relative
-    to the gradient where that is the larger of the two.
+    The gradient's is relative to its largest number. So is the loss's where the loss is smaller: a
+    policy gradient's is a small difference of larger numbers.
     """
     assert [x.dtype for x in found] == [x.dtype for x in expected]
     loss, gradient = (np.max(np.abs(f - e)) for f, e in zip(found, expected))
@@ -84,6 +86,29 @@ def test_nash_md_pg_equals_trl_on_completions_of_one_token():
     theirs = by_trl(case, made)
     with jax.enable_x64(True):
         assert off_by(by_us(case, case.mine)(made), theirs) < 1e-6
+
+
+def test_the_stand_in_for_a_model_says_what_trls_fused_head_does():
+    wanted = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(
+        vocab_size=2, num_hidden_layers=1, eos_token_id=1, initializer_range=1.0, **size
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    ids = torch.zeros(3, trl.PROMPT + trl.TOKENS, dtype=torch.long)
+    ids[1, 0] = ids[2, 1] = 1  # prompts that differ
+    labels = ids.clone()
+    labels[:, : trl.PROMPT] = labels[0, -2:] = -100
+    plain = model(ids).logits.log_softmax(-1)[:, trl.PROMPT - 1 : -1, 0]
+    utils.add_fused_lm_head(model, outputs=wanted)
+    theirs = model(ids, labels=labels, fused_lm_head=True)
+    ours = trl.TwoTokens(plain)(ids, labels=labels)
+    there = labels[:, 1:] != -100
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs)
+    torch.testing.assert_close(
+        ours.log_sum_sq_probs[there], theirs.log_sum_sq_probs[there], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_every_claim_about_trl_has_its_case():
