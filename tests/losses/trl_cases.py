@@ -8,6 +8,10 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="needs torch and trl: pip install -e '.[parity]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[parity]'")
 
 from paxo.numerics import Mean
 from tests.losses import trl_trainers as trl

@@ -17,6 +17,10 @@ import types
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch", reason="needs torch and trl: pip install -e '.[parity]'")
+pytest.importorskip("trl", reason="needs trl: pip install -e '.[parity]'")
+
 import torch
 from torch import nn
 
