@@ -37,8 +37,8 @@ def prm_loss(
     (0.6931472, 2.0)
 
     Lightman et al. 2023, arXiv:2305.20050; labels from rollouts: Wang et al. 2023, arXiv:2312.08935
-    (from memory). TRL's PRM trainer, and OpenRLHF's `PRMLoss` with the logits of two reward tokens,
-    compute the same with `values` the difference of the two logits.
+    (from memory). TRL's PRM trainer (up to 1.13), and OpenRLHF's `PRMLoss` with the logits of two
+    reward tokens, compute the same with `values` the difference of the two logits.
     """
     chex.assert_equal_shape([values, step_labels, step_mask])
     if where is None:
