@@ -84,7 +84,7 @@ def test_too_many_reward_models_are_refused():
 
 
 @pytest.mark.parametrize("squash", ["sigmoid", "tanh"])
-def test_mean_reward_settles_at_its_threshold_where_rlhf_overshoots(squash):
+def test_mean_reward_settles_within_two_percent_of_its_threshold(squash):
     # Six arms, exact expectations: each arm once, weighed by the policy through the old log-probs.
     rewards, threshold = jnp.linspace(0.0, 1.0, 6), 0.7
     reference = jnp.full(6, -jnp.log(6.0))

@@ -1,0 +1,238 @@
+"""Values that every loss of a pair must have where it cannot tell the two apart, and identities.
+
+A zero margin: with a reference the policy is that reference, without one the two completions have
+one mean log-prob. Inputs are made from the names in a loss's signature.
+"""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paxo.losses import (
+    anchored,
+    batchwise,
+    comparisons,
+    contrastive,
+    divergence,
+    exploration,
+    imitation,
+    learning_to_rank,
+    length,
+    links,
+    lipo,
+    listwise,
+    margins,
+    multi,
+    nash,
+    noisy,
+    pairwise,
+    pointwise,
+    posterior,
+    reference_free,
+    reward,
+    selfplay,
+    semantic,
+    soft_ranking,
+    steps,
+    tokenwise,
+    triple,
+)
+from paxo.numerics import Mean
+
+LOG_2 = math.log(2)
+P = math.exp(-1.5)  # a mean token probability
+TOKENS = np.array([[-1.0, -2.0, -3.0, 0.0, 0.0], [-0.5, -1.5, -2.5, -3.5, -1.0]])  # sums -6, -9
+MASK = np.arange(5) < np.array([[3], [5]])
+
+
+def softplus(x):
+    return math.log1p(math.exp(-abs(x))) + max(x, 0)
+
+
+# Losses that take more than a pair.
+CANDIDATES = {
+    imitation.rationale_dpo_loss: 3,
+    triple.triple_po_loss: 3,
+    triple.triple_po_l_loss: 3,
+    multi.bpo_loss: 3,
+    multi.srpo_loss: 6,
+    multi.opa_dpo_loss: 5,
+    exploration.xpo_loss: 3,
+    exploration.vpo_loss: 3,
+    exploration.selm_loss: 3,
+    exploration.hypo_loss: 3,
+}
+
+
+def inputs_of(loss):
+    """A batch of one group `[1, K]`; unequal completions where it has a policy to compare with."""
+    parameters = inspect.signature(loss).parameters
+    size = CANDIDATES.get(loss, 2)
+    compared = any(name.startswith(("reference_", "previous_")) for name in parameters)
+    tokens = np.resize(TOKENS, (size, 5))
+    known = {
+        "lengths": np.resize([3.0, 5.0], size) if compared else np.full(size, 4.0),
+        "labels": np.arange(2.0)[::-1],
+        "win_rates": np.full(2, 0.5),
+        "rewards": np.full(2, 0.3),
+        "margin_rewards": np.full(2, 0.3),
+        "scores": np.full(2, 0.3),
+        "start_values": np.ones(2),
+        "end_values": np.ones(2),
+        "embeddings": np.full((2, 2), 0.3),
+        "degree_logits": np.zeros(4),
+        "degree_labels": np.array(1.0),
+        "token_mask": np.resize(MASK, (size, 5)),
+        "token_kls": np.zeros((2, 5)),
+        "token_weights": np.ones((2, 5)),
+        "token_collisions": tokens,
+    }
+    made = {}
+    for name, parameter in parameters.items():
+        if parameter.default is not parameter.empty:
+            continue
+        if name.endswith("_token_logps"):
+            made[name] = tokens
+        elif name.endswith("_logps"):
+            made[name] = tokens.sum(-1) if compared else np.full(size, -6.0)
+        elif name in known:
+            made[name] = known[name]
+    made = {name: jnp.asarray(x)[None] for name, x in made.items()}
+    if "key" in parameters and parameters["key"].default is inspect.Parameter.empty:
+        made["key"] = jax.random.key(0)
+    if hasattr(loss, "init_state"):
+        made["state"] = loss.init_state()
+    return made
+
+
+def value(loss, settings):
+    """The loss of one group at a zero margin: a number, whatever it returns."""
+    inputs = inputs_of(loss)
+    result = loss(**(inputs | settings))
+    result = result[0] if "state" in inputs else result
+    return float(jnp.squeeze(result.value if isinstance(result, Mean) else result))
+
+
+# Loss, its value at a zero margin, and its settings where the defaults add something to it.
+AT_ZERO_MARGIN = [
+    # log 2: the logistic losses, whatever their scale.
+    (pairwise.dpo_loss, LOG_2, {}),
+    (noisy.cdpo_loss, LOG_2, {"label_smoothing": 0.3}),
+    (noisy.robust_dpo_loss, LOG_2, {"eps": 0.3}),
+    (noisy.wpo_loss, LOG_2, {}),
+    *((divergence.f_dpo_loss, LOG_2, {"divergence": d}) for d in ("reverse_kl", "js", "alpha")),
+    (divergence.f_dpo_loss, LOG_2, {"divergence": "forward_kl"}),
+    (divergence.chipo_loss, LOG_2, {}),
+    (divergence.chipo_loss, LOG_2, {"alpha": 0.25, "gamma": 0.1, "r_max": 1.0}),
+    (margins.dpop_loss, LOG_2, {}),
+    (margins.flex_dpo_loss, LOG_2, {}),
+    (margins.dove_loss, LOG_2, {}),
+    (margins.odpo_loss, LOG_2, {"offset": "linear"}),  # equal rewards
+    (margins.odpo_loss, softplus(math.log(1e-3)), {}),  # a tie, its gap taken as 1e-3
+    (margins.modpo_loss, LOG_2, {}),  # equal margins
+    (length.ln_dpo_loss, LOG_2, {}),
+    (length.r_dpo_loss, LOG_2, {"alpha": 0.0}),
+    (length.r_dpo_loss, softplus(2 * 0.3), {"alpha": 0.3}),  # two tokens behind: a head start
+    (length.sampo_loss, LOG_2, {}),
+    (length.ld_dpo_loss, LOG_2, {}),
+    (tokenwise.token_dpo_loss, LOG_2, {}),
+    (tokenwise.tdpo1_loss, LOG_2, {}),
+    (tokenwise.tdpo2_loss, LOG_2, {}),
+    (tokenwise.sparse_po_loss, LOG_2, {}),
+    (tokenwise.sparse_po_loss, LOG_2 + 0.01 * 8 + 0.1 * 8, {"l1_u": 0.01, "l1_d": 0.1}),
+    (tokenwise.d3po_loss, LOG_2, {}),
+    (batchwise.aot_loss, LOG_2, {}),
+    (batchwise.aot_unpaired_loss, LOG_2, {}),
+    (batchwise.beta_dpo_loss, LOG_2, {}),
+    (comparisons.cpl_kl_loss, LOG_2, {}),
+    (imitation.rpo_loss, LOG_2, {"eta": 0.0}),
+    (imitation.iterative_rpo_loss, LOG_2 + 0.5 * 2, {"alpha": 0.5}),  # mean log-prob -2
+    (multi.ofs_dpo_loss, LOG_2 + 0.3 * LOG_2, {"alpha": 0.3}),
+    (multi.ofs_dpo_loss, LOG_2 - 0.3 * LOG_2, {"alpha": 0.3, "module": "slow"}),
+    (multi.spo_degree_loss, LOG_2 + 0.5 * math.log(4), {"weight": 0.5}),
+    (selfplay.dno_prct_loss, LOG_2, {}),
+    (selfplay.dno_loss, LOG_2, {}),
+    (posterior.brain_loss, LOG_2, {}),
+    (semantic.semantic_reference_loss, LOG_2, {}),
+    (listwise.plackett_luce_loss, LOG_2, {}),
+    (listwise.swepo_loss, LOG_2, {}),
+    (contrastive.infonca_loss, LOG_2, {}),
+    *((lipo.lipo_loss, LOG_2, {"ranking_loss": x}) for x in ("pair_logistic", "list_mle")),
+    (lipo.lipo_loss, LOG_2, {"ranking_loss": "softmax"}),
+    (learning_to_rank.unique_softmax_loss, LOG_2, {}),
+    (learning_to_rank.poly1_softmax_loss, LOG_2 + 0.5, {}),
+    (reward.bradley_terry_loss, LOG_2, {}),
+    (reward.plackett_luce_reward_loss, LOG_2, {}),
+    (reward.general_preference_loss, LOG_2, {}),
+    (reward.pair_preference_loss, LOG_2, {}),
+    (steps.regret_preference_loss, LOG_2, {}),
+    (pointwise.bco_loss, LOG_2, {}),
+    (exploration.hypo_loss, LOG_2, {}),
+    (exploration.selm_loss, LOG_2, {}),
+    (exploration.vpo_loss, LOG_2, {}),
+    (exploration.xpo_loss, LOG_2 - 6 * 0.01, {"alpha": 0.01}),
+    # Other links.
+    (links.rso_hinge_loss, 1.0, {}),
+    (lipo.lipo_loss, 1.0, {"ranking_loss": "pair_hinge"}),
+    (lipo.lipo_lambda_loss, 2 * (1 - 1 / math.log2(3)) * LOG_2, {}),
+    (pairwise.ipo_loss, 25.0, {"tau": 0.1}),
+    (nash.online_ipo_loss, 0.25, {}),
+    (nash.ipo_md_loss, 0.25, {}),
+    (nash.online_ipo_v2_loss, 25.0, {}),
+    (selfplay.inpo_loss, 1 / (4 * 0.5**2), {"eta": 0.5, "tau": 0.1}),
+    (selfplay.onpo_loss, 0.5**2 / 4, {"eta": 0.5}),
+    # SPPO with hard labels: half of 1 / (2 beta^2), as the authors' code halves the squares.
+    (selfplay.sppo_loss, 4.0**2 / 4, {"eta": 4.0, "win_rates": np.array([[1.0, 0.0]])}),
+    (links.exo_pair_loss, 2.761231, {"eps": 1e-3}),
+    (links.exo_pair_loss, -LOG_2 - 0.5 * math.log(0.2 * 0.8), {"eps": 0.2}),
+    (contrastive.exo_loss, 2 * softplus(-10.0) / 2 + 10 / 2 - LOG_2, {}),
+    (links.discopop_loss, 0.846574, {}),
+    (links.discopop_loss, 0.846574, {"tau": 2.0}),
+    (anchored.nca_pair_loss, 2 * LOG_2, {}),
+    (contrastive.nca_loss, 2 * LOG_2, {}),
+    (pointwise.nca_unpaired_loss, 1.5 * LOG_2, {}),  # the desirable half; 1/2 is the other's
+    (batchwise.bco_pair_loss, 2 * LOG_2, {}),
+    (multi.bpo_loss, 2 * LOG_2, {}),
+    (multi.opa_dpo_loss, (1 + 1 + 0.2 + 0.2 + 4) * LOG_2, {}),
+    (anchored.apo_zero_loss, 1.0, {}),
+    (anchored.apo_down_loss, 1.0, {}),
+    (pointwise.apo_zero_unpaired_loss, 0.5, {}),
+    (pointwise.kto_loss, 0.5, {}),
+    (multi.srpo_loss, (1 + 0.5) / 4, {"alpha": 0.5}),
+    (anchored.cal_dpo_loss, LOG_2 + 1 / (4 * 0.1**2), {"beta": 0.1}),
+    (imitation.rationale_dpo_loss, LOG_2 + 6.0, {}),
+    (soft_ranking.diff_ndcg_loss, 0.5 * (1 - 1 / math.log2(3)), {}),
+    (learning_to_rank.approx_ndcg_loss, -1 / math.log2(1 + 1.5), {}),
+    (learning_to_rank.neural_ndcg_loss, -(1 + 1 / math.log2(3)) / 2, {}),
+    (learning_to_rank.pairwise_soft01_loss, 0.5, {}),
+    (learning_to_rank.pairwise_mse_loss, 0.5, {}),
+    (learning_to_rank.pairwise_quantile_loss, 0.3, {"quantile": 0.3}),
+    # Without a reference: both sums -6, both means -1.5 nats a token.
+    (pairwise.simpo_loss, 1.600413, {"beta": 2.5, "gamma_beta_ratio": 0.55}),
+    (reference_free.alphapo_loss, softplus(0.1), {}),
+    (reference_free.cpo_loss, LOG_2 + 1.5, {}),
+    (reference_free.cpo_loss, 25.0, {"link": "ipo", "cpo_alpha": 0.0}),
+    (reference_free.cpo_loss, 1.0, {"link": "hinge", "cpo_alpha": 0.0}),
+    (reference_free.cpo_simpo_loss, softplus(5.4) + 0.05 * 1.5, {}),
+    (reference_free.slic_hf_loss, 1.0 + 0.1 * 6, {}),
+    (reference_free.orpo_loss, 1.5 + 0.3 * LOG_2, {"lam": 0.3}),
+    (reference_free.asft_loss, 1.5 + 1.5 - math.log(1 - P), {}),
+    (triple.triple_po_loss, LOG_2 + 0.9 * 1.5, {}),
+    (triple.triple_po_l_loss, softplus(0.5) + 0.9 * 1.5, {}),
+    (comparisons.cpl_loss, LOG_2 + 1.5, {"contrastive_bias": 1.0, "bc_coeff": 1.0}),
+    (comparisons.rrhf_loss, 6.0, {}),
+    (semantic.semantic_loss, -math.log(1 - P * (1 - P)), {}),
+    (listwise.mppo_loss, LOG_2, {}),
+    (listwise.pro_loss, LOG_2, {"sft_weight": 0.0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected", "settings"), AT_ZERO_MARGIN, ids=lambda x: getattr(x, "__name__", "")
+)
+def test_value_at_zero_margin(loss, expected, settings):
+    assert value(loss, settings) == pytest.approx(expected, rel=2e-6)
