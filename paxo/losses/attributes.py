@@ -23,7 +23,7 @@ from paxo.numerics import Array, Mean, at_least_float32, masked, masked_rows, va
 def attribute_regression_loss(
     attribute_scores: Array, attribute_targets: Array, *, where: Array | None = None
 ) -> Mean:
-    r"""Multi-attribute reward model: squared error of each head on the attributes annotated.
+    r"""Multi-attribute reward model (experimental): squared error of the heads that are annotated.
 
     Args:
         attribute_scores: `[..., K, M]` the heads' outputs.

@@ -52,8 +52,8 @@ def slic_list_loss(
     >>> slic_list_loss(logps, jnp.ones(3), grades, lam=0.0, reduction="sum")
     Array(0.5, dtype=float32)
 
-    Zhao et al. 2023, arXiv:2305.10425, on all pairs of a list; regulariser and defaults from memory
-    and from HALOs. No trainer has the list.
+    Zhao et al. 2023, arXiv:2305.10425, on all pairs of a list (experimental: the form of the list,
+    the regulariser and the defaults are from memory and from HALOs). No trainer has the list.
     """
     where, logps, lengths, labels = list_inputs(where, policy_logps, lengths, labels)
     pairs = better_pairs(labels, where)
