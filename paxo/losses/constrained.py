@@ -124,7 +124,7 @@ def constrained_rlhf_loss(
         policy_logps: `[..., K]` summed completion log-probs in nats.
         previous_logps: `[..., K]` the same under the policy that sampled them.
         reference_logps: `[..., K]` the same under the reference policy.
-        constraint_rewards: `[..., K, n]` of n <= 16 reward models.
+        constraint_rewards: `[..., K]` of one reward model, or `[..., K, n]` of n <= 16.
         threshold: $\theta$, one for all: subtract each model's own from its rewards.
         squash: lambda in (0, 1) by "sigmoid", a cap beyond which a reward no longer counts; or in
             (-1, 1) by "tanh", which holds it at the threshold.
@@ -139,7 +139,7 @@ def constrained_rlhf_loss(
         A `Mean` over completions, in units of the reward, and the new state. The loss has the
         multipliers that came in.
 
-    >>> old, rewards = jnp.array([[-4.0, -6.0]]), jnp.array([[[3.0], [1.0]]])
+    >>> old, rewards = jnp.array([[-4.0, -6.0]]), jnp.array([[3.0, 1.0]])
     >>> loss, state = constrained_rlhf_loss(
     ...     old, old, old, rewards, state=first_multipliers(), threshold=3.0
     ... )
@@ -150,6 +150,8 @@ def constrained_rlhf_loss(
     by a search without derivatives (from memory). No trainer has it.
     """
     check_lists(policy_logps, previous_logps, reference_logps, where)
+    if constraint_rewards.ndim == policy_logps.ndim:
+        constraint_rewards = constraint_rewards[..., None]
     chex.assert_shape(constraint_rewards, (*policy_logps.shape, None))
     number = constraint_rewards.shape[-1]
     if number > MAX_CONSTRAINTS:

@@ -110,8 +110,18 @@ def test_mean_reward_settles_within_two_percent_of_its_threshold(squash):
     np.testing.assert_allclose(tilt @ rewards, threshold, rtol=0.02)
 
 
+def test_one_reward_model_needs_no_axis_of_its_own():
+    one, listed = (
+        constrained_rlhf_loss(POLICY, OLD, REFERENCE, x, state=with_nu(0.3))
+        for x in (REWARDS[..., 0], REWARDS[..., :1])
+    )
+    assert float(one[0].total) == float(listed[0].total)
+    np.testing.assert_array_equal(one[1]["nu"], listed[1]["nu"])
+
+
 @pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
+@pytest.mark.parametrize("axes", ["K", "KT"])
+def test_conformance(check, axes):
     # Momentum acts from the second step on: test_multiplier_step_is_sgd_with_momentum.
-    row = {"axes": {"constraint_rewards": "KT"}, "perturbed": {"momentum": []}}
+    row = {"axes": {"constraint_rewards": axes}, "perturbed": {"momentum": []}}
     CHECKS[check](Case("constrained_rlhf", constrained_rlhf_loss, candidates=3, **row))

@@ -94,7 +94,7 @@ def inputs_of(loss):
         "rewards": np.full(2, 0.3),
         "margin_rewards": np.full(2, 0.3),
         "baseline_rewards": np.full(2, 0.3),
-        "judgements": np.array([[1.0, 1.0], [0.0, 1.0]]),
+        "passed": np.array([1.0, 0.0]),
         "scores": np.full(2, 0.3),
         "flip_rates": np.array(0.3),
         "attribute_scores": np.full((2, 3), 0.3),
