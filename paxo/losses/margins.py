@@ -168,8 +168,8 @@ def flex_dpo_loss(
     >>> flex_dpo_loss(jnp.array([-4., -6.]), jnp.array([-5., -5.]), beta_w=0.7, beta_l=0.3)
     Array(0.3132617, dtype=float32)
 
-    Yan et al. 2024, arXiv:2406.07327; the formula is from memory. The paper's other remedy, SFT on
-    the chosen completion, is `rpo`. TRL, EasyDeL and HALOs do not have it.
+    Yan et al. 2024, arXiv:2406.07327 (experimental: the formula is from memory). The paper's other
+    remedy, SFT on the chosen completion, is `rpo`. TRL, EasyDeL and HALOs do not have it.
     """
     ratios = pair_log_ratios(policy_logps, reference_logps, where)
     u = beta_w * ratios[..., 0] - beta_l * ratios[..., 1]

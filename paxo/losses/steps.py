@@ -91,8 +91,8 @@ def regret_preference_loss(
 
     The regret of a segment, $V^*(s_0) - (R + V^*(s_L))$ where the dynamics are deterministic, is
     what acting optimally from its start would have gained over it. Unlike the return R alone it
-    tells where the segment leads, and no potential added to the reward changes it. From memory: the
-    paper was not at hand.
+    tells where the segment leads, and no potential added to the reward changes it. Experimental:
+    from memory, the paper was not at hand.
 
     Args:
         scores: `[..., 2]` returns R of the two segments under the reward that is learnt, chosen
