@@ -198,7 +198,7 @@ def test_own_loss_outside_the_table_takes_changed_fields():
 # Those whose source is code: rax's ranking losses, a note, a repository.
 WITHOUT_PAPER = {
     *("unique_softmax", "pairwise_mse", "pairwise_quantile", "pairwise_soft01", "approx_ndcg"),
-    *("cdpo", "cpo_simpo"),
+    *("cdpo", "cpo_simpo", "gumbel"),
 }
 
 

@@ -36,6 +36,7 @@ def extras_of(sample: Sampled, places, wanted: frozenset[str]) -> dict:
         "win_rates": win_rates(sample.rewards)[list(places)],
         "preference_scores": STRENGTH * (rewards - mean),
         "advantages": (rewards - mean) / spread,
+        "flip_rates": np.float32(0.1),
     }
     return {name: value for name, value in per_candidate.items() if name in wanted}
 
@@ -81,6 +82,20 @@ def by_token(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> 
         "previous_values": spread(np.zeros(6)),
     }
     return dataclasses.replace(group, extras={n: x for n, x in arrays.items() if n in wanted})
+
+
+def judged(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> TokenGroup:
+    """All candidates; a judge passes those above the mean, a baseline has the mean reward."""
+    group = rewarded(sample, others, frozenset())
+    mean = sample.rewards.mean()
+    arrays = {
+        "rewards": STRENGTH * sample.rewards,
+        "baseline_rewards": np.full(6, STRENGTH * mean),
+        "passed": sample.rewards > mean,
+        "constraint_rewards": (sample.rewards - 1.0) / (sample.rewards.std() + 1e-3),
+    }
+    arrays = {n: np.asarray(x, np.float32) for n, x in arrays.items() if n in wanted}
+    return dataclasses.replace(group, extras=arrays)
 
 
 def unpaired(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> list[TokenGroup]:
@@ -172,6 +187,12 @@ RECIPES = {
         *("nash_md_pg", "sppo", "gpo", "mdpo", "grpo", "cispo", "sapo", "rloo", "copg"),
     ),
     "ppo_policy": Recipe(by_token),
+    "rationale_orpo": Recipe(places(0, 5, 1)),
+    **_all(Recipe(graded), "slic_list", "gumbel"),
+    **_all(Recipe(judged), "cgpo_crpg", "cgpo_codpo", "cgpo_crraft", "constrained_rlhf"),
+    **_all(Recipe(rewarded), "brain", "oreo"),
+    "oreo_policy": Recipe(rewarded),
+    "oreo_value": Recipe(rewarded, promise="accuracy", head="values"),
     "ppo_value": Recipe(by_token, promise="accuracy", head="values"),
     "bradley_terry": Recipe(promise="accuracy", head="scores"),
     "plackett_luce_reward": Recipe(graded, promise="accuracy", head="scores"),
