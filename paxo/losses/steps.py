@@ -111,6 +111,7 @@ def regret_preference_loss(
 
     Knox et al. 2022, arXiv:2206.02231. With A* = beta log(pi*/ref) minus the regret is the implicit
     reward: DPO and CPL are regret models of a KL-regularised problem.
+    TRL, EasyDeL and HALOs do not have it.
     """
     chex.assert_equal_shape([scores, start_values, end_values])
     chex.assert_axis_dimension(scores, -1, 2)
