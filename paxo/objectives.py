@@ -138,6 +138,16 @@ class Objective:
         )
 
     @property
+    def unpaired(self) -> bool:
+        """Whether a loss reads the sign of the labels: +1 desirable, -1 undesirable."""
+        return any(getattr(term.loss, "unpaired", False) for term in self.terms)
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether a loss wants in each group a completion of another prompt, with label 0."""
+        return any(getattr(term.loss, "mismatched", False) for term in self.terms)
+
+    @property
     def hyper_parameters(self) -> dict[str, Any]:
         """Of a single loss its own; of a sum `{loss.name: value}`, weights included."""
         if self._plain:

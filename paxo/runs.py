@@ -20,8 +20,9 @@ from paxo.data.batching import Batches, DataState
 from paxo.data.packing import group_sizes, packing_overhead
 from paxo.data.sources import load_records, open_source
 from paxo.data.tokenise import load_tokenizer, tokenise
+from paxo.data.unpaired import Mismatched
 from paxo.evaluation.estimates import Estimate
-from paxo.evaluation.heldout import nll_per_token, reward_accuracy
+from paxo.evaluation.heldout import nll_per_token, reward_accuracy, sign_accuracy
 from paxo.evaluation.report import print_table, write_results
 from paxo.experiment import Experiment, TrainSettings
 from paxo.loading import (
@@ -30,6 +31,7 @@ from paxo.loading import (
     heldout_batches,
     load_data,
     load_model,
+    mismatch_of,
     row_shape,
     token_limits,
 )
@@ -65,7 +67,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         open_source(settings.data.path)  # a wrong path shall not cost the loading of a model first
     heads = [name for name in HEADS if name in settings.objective.arrays]
     model = load_model(settings.model, mesh, settings.train.seed, heads)
-    data = load_data(settings.data, model)
+    data = load_data(settings.data, model, settings.objective)
     check_candidates(settings.objective, data.shape.candidates)
     artifacts.save_model_card(
         workdir, model.config, model.tokenizer, model.folder, data.heldout or data.groups
@@ -77,16 +79,18 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     attach = functools.partial(_attached, settings.objective, reference) if reference else None
 
     pairs = any(len(group.labels) > 1 for group in data.heldout)
-    figure = "heldout_accuracy" if pairs else "heldout_nll"
+    signs = settings.objective.unpaired and not pairs
+    figure = "heldout_accuracy" if pairs or signs else "heldout_nll"
 
     def measure(params: Params) -> Estimate | None:
         if not data.heldout:
             return None
         scorer = make_scorer(model.policy, params, mesh=mesh)
         rows = heldout_batches(data, settings.train.rows_per_batch)
-        if not pairs:
+        if not pairs and not signs:
             return nll_per_token(scorer, rows)
-        return reward_accuracy(
+        accuracy = sign_accuracy if signs else reward_accuracy
+        return accuracy(
             scorer,
             rows if attach is None else map(attach, rows),
             scale=settings.objective.reward_scale,
@@ -97,7 +101,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         found = measured[int(state.step)] = measure(state.params)
-        name = "eval/rewards/accuracies" if pairs else "eval/loss"
+        name = "eval/loss" if figure == "heldout_nll" else "eval/rewards/accuracies"
         return {} if found is None else {name: found.value}
 
     before = measure(first)
@@ -267,8 +271,12 @@ def inspect(settings: Experiment, num: int, records: Callable[[Experiment], Any]
             limit=settings.data.max_records,
         )
     tokenised = tokenise(read, tokenizer, token_limits(settings.data, config), on_error="skip")
-    shape = row_shape(tokenised.groups, settings.data, config)
-    overhead = packing_overhead(group_sizes(tokenised.groups), shape, settings.data.window)
+    mismatch = mismatch_of(settings.objective, settings.data, config)
+    shape = row_shape(tokenised.groups, settings.data, config, mismatch)
+    sizes = group_sizes(tokenised.groups)
+    if mismatch is not None:
+        sizes = sizes.plus(Mismatched(tokenised.groups, mismatch, seed=0).epoch(0).added)
+    overhead = packing_overhead(sizes, shape, settings.data.window)
     report = inspect_lib.inspect(
         read, tokenised, tokenizer, skipped=skipped, padding_share=1 - 1 / overhead.positions
     )

@@ -210,6 +210,7 @@ class _Run:
             metrics_lib.preference_metrics,
             scale=objective.reward_scale,
             per_token=objective.reward_per_token,
+            unpaired=objective.unpaired,
         )
 
     def scores(self, params: Params, batch: PreferenceBatch) -> dict[str, Array]:
