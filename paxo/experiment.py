@@ -149,17 +149,20 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceSettings:
-    """The frozen policy under the role "reference".
+    """The frozen policy under a role, "reference" or "previous".
 
     Attributes:
         path: folder or hub name of another model of the same family and tokenizer; None takes the
             weights that training starts from.
         store: folder in which its log-probs are kept, so that they are computed once for all
-            epochs and runs; None takes `<workdir>/logps`, "off" computes them in every step.
+            epochs and runs; None takes `<workdir>/logps`, "off" computes them in every step. Hidden
+            states, which divergences of whole distributions need, are never kept.
+        attach: give it to the objective even where that can do without (GRPO's KL penalty).
     """
 
     path: str | None = None
     store: str | None = None
+    attach: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +176,9 @@ class Experiment:
         data: on what.
         train: how long.
         reference: the frozen policy that the objective may ask for.
+        previous: another one, the snapshot of self-play in rounds. The first round, and every one
+            that starts from its snapshot's weights, needs no `path`; `reference.path` then names
+            the policy of before the first round.
         mesh: devices.
         export: whether `<workdir>/export` is written at the end.
     """
@@ -183,6 +189,7 @@ class Experiment:
     data: DataSettings
     train: TrainSettings
     reference: ReferenceSettings = ReferenceSettings()
+    previous: ReferenceSettings = ReferenceSettings()
     mesh: MeshSettings = MeshSettings()
     export: bool = True
 

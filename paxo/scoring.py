@@ -175,7 +175,14 @@ def default_chunk(rows: int, vocabulary: int) -> int:
 def place_rows(batch: PreferenceBatch, mesh: Mesh) -> PreferenceBatch:
     """A batch on the devices of a mesh; each process gives the rows that are its own."""
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def place(x: Array | np.ndarray) -> Array:
+        # What a scorer on this mesh has computed lies there already.
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +329,8 @@ def attach_logps(
         role: "reference", "previous", ... as the losses name it (`<role>_logps`).
         scorer: the frozen policy's.
         tokens: also attach log-probs token by token.
-        hidden: also attach the hidden states that predict the scored tokens.
+        hidden: also attach the hidden states that predict the scored tokens. They are computed
+            for every batch, whatever the scorer stores.
     """
     batch = batch.replace(fixed_logps={**batch.fixed_logps, role: scorer(batch)})
     if tokens:
