@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from paxo.data.limits import TokenLimits
+from paxo.data.records import EXTRA_AXES
 from paxo.models.config import Float, ModelConfig, Remat
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError, apply_overrides
@@ -55,7 +56,9 @@ class DataSettings:
         heldout: that share, by prompt: records of one prompt never lie on both sides.
         limits: greatest lengths and what is done about longer records.
         on_error: "raise" at the first bad record, or "skip" and count.
-        extras: numeric columns that the objective names.
+        extras: numeric columns that the objective names: a number a record or one a completion;
+            other shapes are told after the name, as in `advantages:KT`, a list for each completion
+            with a number for each scored token (KK for pairs of completions, KD and D for vectors).
         max_records: read only so many; None reads all.
         row_length: L, tokens of a row; None lets it follow from the lengths.
         slots: S, scored tokens of a row; None likewise.
@@ -80,6 +83,12 @@ class DataSettings:
             raise ValueError(f"data.heldout is a share in [0, 1); got {self.heldout}")
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"data.on_error must be 'raise' or 'skip'; got {self.on_error!r}")
+        for name in self.extras:
+            _, told, axes = name.partition(":")
+            if told and axes not in EXTRA_AXES:
+                raise ValueError(
+                    f"data.extras: {name!r} has axes other than {', '.join(EXTRA_AXES)}"
+                )
         if self.window < 1:
             raise ValueError(f"data.window must be at least 1; got {self.window}")
 

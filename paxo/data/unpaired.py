@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from paxo.data.records import DataError, TokenGroup
+from paxo.data.records import DataError, Extra, TokenGroup, extra_axes
 
 
 def signed(groups: Sequence[TokenGroup]) -> list[TokenGroup]:
@@ -137,9 +137,16 @@ def _check_prompts(groups: Sequence[TokenGroup], prompts: np.ndarray) -> None:
         )
 
 
-def _padded(extras: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _padded(extras: Mapping[str, Extra]) -> dict[str, Extra]:
     """Extras of one candidate more, for which they hold 0."""
-    return {name: np.pad(value, (0, 1)) if value.ndim else value for name, value in extras.items()}
+    padded = dict(extras)
+    for name, value in extras.items():
+        axes = extra_axes(name, value)[1]
+        if axes == "KT":
+            padded[name] = (*value, np.zeros(0, np.float32))
+        elif axes:
+            padded[name] = np.pad(value, [(0, int(axis == "K")) for axis in axes])
+    return padded
 
 
 def _signs(group: TokenGroup) -> tuple[float, ...]:

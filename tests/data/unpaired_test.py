@@ -1,5 +1,6 @@
 """Labels as signs, and mismatched completions: drawn by epoch, packed, continued bit for bit."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -176,3 +177,19 @@ def test_a_thread_that_packs_ahead_gives_the_same():
     for one, other in itertools.islice(zip(ahead, stream(groups, shape, rows=3)), 12):
         jax.tree.map(np.testing.assert_array_equal, one, other)
     ahead.close()
+
+
+def test_extras_of_every_shape_are_padded_for_it():
+    groups = made(3, candidates=2)
+    extras = {
+        "tokens:KT": tuple(np.ones(len(c), np.float32) for c in groups[0].completions),
+        "wins": np.ones((2, 2), np.float32),
+        "vectors:KD": np.ones((2, 3), np.float32),
+        "scale:D": np.ones(4, np.float32),
+    }
+    groups[0] = dataclasses.replace(groups[0], extras=extras)
+    found = Mismatched(groups, Mismatch(), seed=0).epoch(0)[0].extras
+    assert [len(x) for x in found["tokens:KT"]] == [*map(len, groups[0].completions), 0]
+    assert found["wins"].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert found["vectors:KD"].tolist() == [[1, 1, 1], [1, 1, 1], [0, 0, 0]]
+    assert found["scale:D"].tolist() == [1, 1, 1, 1]

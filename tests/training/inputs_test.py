@@ -9,7 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from paxo.losses import multi, pointwise, selfplay, tokenwise
+from paxo.losses import (
+    group_relative,
+    multi,
+    pointwise,
+    policy_gradient,
+    selfplay,
+    tokenwise,
+)
 from paxo.objectives import LOSSES, Objective, Term, objective
 from paxo.scoring import attach_logps, make_scorer
 from paxo.training.checkpoint import read_params
@@ -33,6 +40,8 @@ NAMED = {
     "bco": pointwise.bco_loss,
     "tdpo2": tokenwise.tdpo2_loss,
     "sparse_po": tokenwise.sparse_po_loss,
+    "grpo": group_relative.grpo_loss,
+    "ppo_value": policy_gradient.ppo_value_loss,
     "inpo": selfplay.inpo_loss,
     "ofs_dpo": multi.ofs_dpo_loss,
 }
@@ -190,6 +199,62 @@ def test_another_previous_policy_is_named_by_its_path(tmp_path, model):
     assert "training starts from" not in (workdir / "log.txt").read_text()
 
 
+def test_lists_with_a_column_of_rewards_and_a_reference_that_grpo_may_do_without(
+    tmp_path, model, pairs
+):
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "completions": [row["chosen"], row["rejected"]],
+            "scores": [0, 0],
+            "rewards": [1.0, 0.25],
+        }
+        for row in pairs
+    ]
+    data = write_rows(tmp_path / "lists.jsonl", rows)
+    goal, extras = 'paxo.objective("grpo", beta=0.5)', "data.extras=rewards"
+    file = write_experiment(tmp_path / "run.py", model, objective=goal, data=data)
+    flags = ["--set", "train.num_steps=2", "--set", extras, "--set", "data.heldout=0"]
+    # With beta > 0 the loss cannot do without, and says so before anything is trained.
+    assert paxo("run", file, "--workdir", tmp_path / "first", *flags) == 2
+    flags = [extras, "data.heldout=0", "reference.attach=True"]
+    _, lines = run(tmp_path, model, goal, *flags, data=data)
+    # Advantages are centred, ratios 1, and policy and reference one.
+    assert lines[0]["loss"] == pytest.approx(0, abs=1e-6)
+    assert lines[-1]["loss"] != pytest.approx(0, abs=1e-6)
+
+
+def test_numbers_of_tokens_come_from_rows_of_token_ids(tmp_path, model):
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(24):
+        sizes = rng.integers(2, 20, 2)
+        rows.append(
+            {
+                "prompt_ids": [1, *rng.integers(3, 20, 4).tolist()],
+                "chosen_ids": rng.integers(3, 20, sizes[0]).tolist(),
+                "rejected_ids": rng.integers(3, 20, sizes[1]).tolist(),
+                "returns": [np.full(n, 2.0).tolist() for n in sizes],
+                "previous_values": [rng.normal(size=n).tolist() for n in sizes],
+            }
+        )
+    data = write_rows(tmp_path / "ids.jsonl", rows)
+    extras = "data.extras=returns:KT,previous_values:KT"
+    # Completions are cut to 16 tokens, and the numbers with them.
+    workdir, lines = run(
+        tmp_path, model, 'paxo.objective("ppo_value", clip=100.0)', extras, data=data
+    )
+    assert "completions to their first 16 tokens" in (workdir / "log.txt").read_text()
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    heads = read_params(workdir / "checkpoints")["heads"]
+    assert heads.keys() == {"values"}
+    rows[3]["returns"][1].append(0.0)
+    write_rows(data, rows)
+    file = tmp_path / "run.py"
+    flags = ["--set", extras, "--set", "data.on_error=raise"]
+    assert paxo("run", file, "--workdir", tmp_path / "wrong", *flags) == 2
+
+
 # A step alone.
 
 
@@ -254,7 +319,8 @@ def test_an_optional_array_is_none_where_nobody_attached_it_and_is_read_where_so
 
     def optional(policy_logps, reference_token_logps=None, rewards=None, *, where=None):
         bonus = 0.0 if reference_token_logps is None else jnp.sum(reference_token_logps, (-2, -1))
-        return 0 * jnp.sum(policy_logps, -1) + bonus + (0.0 if rewards is None else 1.0)
+        bonus += 0.0 if rewards is None else jnp.sum(rewards, -1)
+        return 0 * jnp.sum(policy_logps, -1) + bonus
 
     goal = Objective((Term("optional", optional, {}),))
     assert (goal.frozen_roles, goal.optional_roles) == ((), ("reference",))
@@ -263,5 +329,5 @@ def test_an_optional_array_is_none_where_nobody_attached_it_and_is_read_where_so
     groups = np.any(bare.where, -1).sum()
     expected = float(np.sum(batch.fixed_logps["reference"]) / groups)
     assert step_of(goal, policy, params, batch)[1]["loss"] == pytest.approx(expected, rel=1e-5)
-    extras = {"rewards": np.zeros(bare.where.shape, np.float32)}
-    assert step_of(goal, policy, params, bare.replace(extras=extras))[1]["loss"] == 1
+    extras = {"rewards": np.float32(bare.where)}
+    assert step_of(goal, policy, params, bare.replace(extras=extras))[1]["loss"] == 2
