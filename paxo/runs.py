@@ -313,6 +313,13 @@ def _scorers(
             "and attaches them itself"
         )
     asked = {role for role in objective.optional_roles if role in given and given[role].attach}
+    for role in sorted({*objective.optional_roles} - asked):
+        logger.info(
+            "objective %r goes without role %r, which is optional; %s.attach=True gives it",
+            objective.name,
+            role,
+            role,
+        )
     made: dict[tuple, FixedScorer | StoredScorer] = {}
     scorers = {}
     for role, chosen in given.items():

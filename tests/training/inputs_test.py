@@ -200,7 +200,7 @@ def test_another_previous_policy_is_named_by_its_path(tmp_path, model):
 
 
 def test_lists_with_a_column_of_rewards_and_a_reference_that_grpo_may_do_without(
-    tmp_path, model, pairs
+    tmp_path, model, pairs, capsys
 ):
     rows = [
         {
@@ -212,11 +212,13 @@ def test_lists_with_a_column_of_rewards_and_a_reference_that_grpo_may_do_without
         for row in pairs
     ]
     data = write_rows(tmp_path / "lists.jsonl", rows)
-    goal, extras = 'paxo.objective("grpo", beta=0.5)', "data.extras=rewards"
+    goal = 'paxo.objective("grpo", beta=0.5, reduction="sequence_mean")'
+    extras = "data.extras=rewards"
     file = write_experiment(tmp_path / "run.py", model, objective=goal, data=data)
     flags = ["--set", "train.num_steps=2", "--set", extras, "--set", "data.heldout=0"]
     # With beta > 0 the loss cannot do without, and says so before anything is trained.
     assert paxo("run", file, "--workdir", tmp_path / "first", *flags) == 2
+    assert "reference.attach=True gives it" in capsys.readouterr().err
     flags = [extras, "data.heldout=0", "reference.attach=True"]
     _, lines = run(tmp_path, model, goal, *flags, data=data)
     # Advantages are centred, ratios 1, and policy and reference one.
