@@ -15,6 +15,7 @@ from typing import Any, Literal
 from paxo.data.limits import TokenLimits
 from paxo.data.records import EXTRA_AXES
 from paxo.models.config import Float, ModelConfig, Remat
+from paxo.models.heads import head_widths
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError, apply_overrides
 from paxo.provenance import forget_unless_begun, log_to, write_run_folder
@@ -34,6 +35,8 @@ class ModelSettings:
         compute_dtype: dtype of activations and matrix products.
         remat: what the backward pass computes again, see `ModelConfig`.
         unroll: whether the scan over layers is unrolled; None decides by size.
+        heads: extra outputs besides those that the objective cannot do without, or widths of these,
+            as in `embeddings:8` (see `paxo.models.heads`).
     """
 
     path: str | None = None
@@ -44,6 +47,10 @@ class ModelSettings:
     compute_dtype: Float = "float32"
     remat: Remat = "none"
     unroll: bool | None = None
+    heads: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        head_widths(self.heads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,9 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     mesh = _mesh(settings)
     if settings.data.path is not None:
         open_source(settings.data.path)  # a wrong path shall not cost the loading of a model first
-    heads = [name for name in HEADS if name in settings.objective.arrays]
+    # Of the arrays that the objective may do without, only those that the settings ask for.
+    needed = [name for name in HEADS if settings.objective.arrays.get(name, False)]
+    heads = [*needed, *settings.model.heads]
     model = load_model(settings.model, mesh, settings.train.seed, heads)
     data = load_data(settings.data, model, settings.objective)
     check_candidates(settings.objective, data.shape.candidates)

@@ -14,7 +14,9 @@ from paxo.losses import (
     multi,
     pointwise,
     policy_gradient,
+    reward,
     selfplay,
+    steps,
     tokenwise,
 )
 from paxo.objectives import LOSSES, Objective, Term, objective
@@ -42,6 +44,9 @@ NAMED = {
     "sparse_po": tokenwise.sparse_po_loss,
     "grpo": group_relative.grpo_loss,
     "ppo_value": policy_gradient.ppo_value_loss,
+    "general_preference": reward.general_preference_loss,
+    "prm": steps.prm_loss,
+    "spo_degree": multi.spo_degree_loss,
     "inpo": selfplay.inpo_loss,
     "ofs_dpo": multi.ofs_dpo_loss,
 }
@@ -255,6 +260,34 @@ def test_numbers_of_tokens_come_from_rows_of_token_ids(tmp_path, model):
     file = tmp_path / "run.py"
     flags = ["--set", extras, "--set", "data.on_error=raise"]
     assert paxo("run", file, "--workdir", tmp_path / "wrong", *flags) == 2
+
+
+def test_embeddings_of_a_general_preference_model_have_the_width_of_the_settings(tmp_path, model):
+    goal = 'paxo.objective("general_preference", temperature=1.0)'
+    workdir, lines = run(tmp_path, model, goal, "model.heads=embeddings:6")
+    heads = read_params(workdir / "checkpoints")["heads"]
+    assert heads["embeddings"]["kernel"].shape == (16, 6)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_degrees_are_told_by_a_head_and_a_column(tmp_path, model, pairs):
+    data = write_rows(
+        tmp_path / "degrees.jsonl",
+        [row | {"degree_labels": i % 3} for i, row in enumerate(pairs)],
+    )
+    goal, flags = 'paxo.objective("spo_degree")', ("data.extras=degree_labels",)
+    workdir, lines = run(tmp_path, model, goal, *flags, "model.heads=degree_logits:3", data=data)
+    heads = read_params(workdir / "checkpoints")["heads"]
+    assert heads["degree_logits"]["kernel"].shape == (16, 3)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_optional_heads_are_there_where_settings_name_them(tmp_path, model):
+    workdir, _ = run(tmp_path, model, 'paxo.objective("sparse_po")', "model.heads=kl_token_weights")
+    heads = read_params(workdir / "checkpoints")["heads"]
+    assert heads.keys() == {"token_weights", "kl_token_weights"}
+    moved = np.abs(np.asarray(heads["kl_token_weights"]["bias"]))
+    assert moved > 0
 
 
 # A step alone.
