@@ -37,6 +37,7 @@ SUMMED = ("policy_logps", "lengths")
 TOKENWISE = ("policy_token_logps", "token_mask", "token_entropies", "token_collisions", "token_kls")
 FROM_BATCH = ("labels", "where")
 FROM_STEP = ("key", "state")
+HIDDEN_ROLE = "reference"  # whose next-token distributions `token_kls` are measured from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +109,32 @@ class Objective:
     @property
     def roles(self) -> tuple[str, ...]:
         """Roles of the frozen policies whose summed log-probs must be attached to the batch."""
-        return tuple(
-            sorted({n.removesuffix("_logps") for n in self.arrays if _is_fixed(n, "_logps")})
-        )
+        return self._roles(required=True, suffixes=("_logps",))
 
     @property
     def token_roles(self) -> tuple[str, ...]:
         """Roles whose log-probs must be attached token by token."""
-        suffix = "_token_logps"
-        return tuple(sorted({n.removesuffix(suffix) for n in self.arrays if _is_fixed(n, suffix)}))
+        return self._roles(required=True, suffixes=("_token_logps",))
+
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        """Roles of all the frozen policies that the objective cannot do without."""
+        hidden = {role for role in (HIDDEN_ROLE,) if self.reads_hidden(role)}
+        return tuple(sorted({*self.roles, *self.token_roles, *hidden}))
+
+    @property
+    def optional_roles(self) -> tuple[str, ...]:
+        """Roles that it can do without, but reads where they are attached."""
+        named = self._roles(required=False, suffixes=("_logps", "_token_logps"))
+        return tuple(role for role in named if role not in self.frozen_roles)
+
+    def reads_tokens(self, role: str) -> bool:
+        """Whether it reads log-probs of this role token by token."""
+        return f"{role}_token_logps" in self.arrays
+
+    def reads_hidden(self, role: str) -> bool:
+        """Whether it reads divergences from this role's next-token distributions."""
+        return role == HIDDEN_ROLE and "token_kls" in self.arrays
 
     @property
     def whole_batch(self) -> bool:
@@ -128,6 +146,16 @@ class Objective:
         return any(
             getattr(term.loss, "whole_batch", False) or "key" in term.arrays for term in self.terms
         )
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether a loss reads the sign of the labels: +1 desirable, -1 undesirable."""
+        return any(getattr(term.loss, "unpaired", False) for term in self.terms)
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether a loss wants in each group a completion of another prompt, with label 0."""
+        return any(getattr(term.loss, "mismatched", False) for term in self.terms)
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
@@ -197,6 +225,16 @@ class Objective:
                 f"objective {name!r} is read as losses with weights, such as 'dpo + 0.5 nll'"
             ) from None
         return weighted_sum(*((objective(loss), w) for w, (_, _, loss) in zip(weights, parts)))
+
+    def _roles(self, *, required: bool, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+        """Roles of the log-probs that are named, or of those without which it cannot do."""
+        found = {
+            name.removesuffix(suffix)
+            for name, needed in self.arrays.items()
+            for suffix in suffixes
+            if _is_fixed(name, suffix) and needed >= required
+        }
+        return tuple(sorted(found))
 
     @property
     def _plain(self) -> bool:

@@ -24,6 +24,9 @@ from paxo.logp_store import LogpStore
 from paxo.numerics import at_least_float32
 from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
 
+# Heads that are read once a candidate or once a group; all others are read at every scored token.
+AT_CANDIDATES, AT_GROUPS = ("scores", "embeddings"), ("degree_logits",)
+
 ROWS = PartitionSpec(("data", "fsdp"))
 
 # Logits held at a time: at least so many tokens, which keeps the products efficient, and no more
@@ -121,19 +124,26 @@ def head_outputs(
         hidden: `[R, L, D]` from `all_hidden`.
 
     Returns:
-        "scores" `[R, G, K]`, read at each candidate's last token; the others `[R, G, K, T]`, read
-        where the tokens are predicted.
+        "scores" `[R, G, K]` and "embeddings" `[R, G, K, N]`, read at each candidate's last token;
+        "degree_logits" `[R, G, N]` at that of a group's last candidate; the others `[R, G, K, T]`,
+        read where the tokens are predicted.
     """
     out = {}
     for name in names:
-        if name == "scores":
-            last = _last_tokens(batch).reshape(len(batch.tokens), -1)
-            states = jnp.take_along_axis(hidden, last[..., None], axis=1)
-            out[name] = policy.heads[name](params, states).reshape(batch.where.shape)
+        head = functools.partial(policy.heads[name], params)
+        if name in AT_CANDIDATES:
+            out[name] = head(_states_at(_last_tokens(batch), hidden))
+        elif name in AT_GROUPS:
+            out[name] = head(_states_at(jnp.max(_last_tokens(batch), -1), hidden))
         else:
-            states = predicting(hidden, batch)
-            out[name] = by_candidate(policy.heads[name](params, states), batch)
+            out[name] = by_candidate(head(predicting(hidden, batch)), batch)
     return out
+
+
+def _states_at(index: Array, hidden: Array) -> Array:
+    """`[R, ...]` indices in the row, `[R, L, D]` -> `[R, ..., D]`."""
+    flat = jnp.take_along_axis(hidden, index.reshape(len(index), -1, 1), axis=1)
+    return flat.reshape(*index.shape, -1)
 
 
 def slot_sums(values: Array, batch: PreferenceBatch) -> Array:
@@ -175,7 +185,14 @@ def default_chunk(rows: int, vocabulary: int) -> int:
 def place_rows(batch: PreferenceBatch, mesh: Mesh) -> PreferenceBatch:
     """A batch on the devices of a mesh; each process gives the rows that are its own."""
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def place(x: Array | np.ndarray) -> Array:
+        # What a scorer on this mesh has computed lies there already.
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +339,8 @@ def attach_logps(
         role: "reference", "previous", ... as the losses name it (`<role>_logps`).
         scorer: the frozen policy's.
         tokens: also attach log-probs token by token.
-        hidden: also attach the hidden states that predict the scored tokens.
+        hidden: also attach the hidden states that predict the scored tokens. They are computed
+            for every batch, whatever the scorer stores.
     """
     batch = batch.replace(fixed_logps={**batch.fixed_logps, role: scorer(batch)})
     if tokens:

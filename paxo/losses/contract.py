@@ -1,4 +1,4 @@
-"""How a loss declares what it needs: its signature, the ranges of its numbers, and two marks.
+"""How a loss declares what it needs: its signature, the ranges of its numbers, and a few marks.
 
 Positional parameters are arrays, named by who provides them; keyword-only ones are
 hyper-parameters, with their range as annotation; `where` comes last. An objective reads all of it.
@@ -59,6 +59,25 @@ def whole_batch(loss: Callable) -> Callable:
     """Marks a loss that couples groups: its leading axes must be the whole global batch."""
     loss.whole_batch = True
     return loss
+
+
+def unpaired(loss: Callable) -> Callable:
+    """Marks a loss on single completions, which reads the sign of `labels`.
+
+    Above 0 is desirable, below 0 undesirable, and 0 is not judged. Data of pairs are then given to
+    it as +1 and -1 instead of grades.
+    """
+    loss.unpaired = True
+    return loss
+
+
+def wants_mismatched(loss: Callable) -> Callable:
+    """Marks an unpaired loss that wants one further candidate, with label 0, in each group.
+
+    It is a completion of another prompt; the packer draws it anew every epoch.
+    """
+    loss.mismatched = True
+    return unpaired(loss)
 
 
 def stateful(init: Callable[..., Any]) -> Callable[[Callable], Callable]:

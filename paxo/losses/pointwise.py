@@ -15,11 +15,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import NonNegative, Positive, Probability, stateful, whole_batch
+from paxo.losses.contract import (
+    NonNegative,
+    Positive,
+    Probability,
+    stateful,
+    unpaired,
+    wants_mismatched,
+    whole_batch,
+)
 from paxo.losses.pairwise import log_ratios
 from paxo.numerics import Array, Mean, at_least_float32, masked
 
 
+@wants_mismatched
 @whole_batch
 def kto_loss(
     policy_logps: Array,
@@ -69,6 +78,7 @@ def kto_loss(
     return Mean.over(weights * losses, judged)
 
 
+@unpaired
 def apo_zero_unpaired_loss(
     policy_logps: Array,
     reference_logps: Array,
@@ -108,6 +118,7 @@ def apo_zero_unpaired_loss(
     return Mean.over(weights * losses, judged)
 
 
+@unpaired
 def nca_unpaired_loss(
     policy_logps: Array,
     reference_logps: Array,
@@ -150,6 +161,7 @@ def bco_state() -> dict[str, Array]:
     return {"mean": jnp.zeros(2), "weight": jnp.zeros(2)}
 
 
+@unpaired
 @stateful(bco_state)
 def bco_loss(
     policy_logps: Array,

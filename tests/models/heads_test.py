@@ -16,7 +16,8 @@ from tests.made import TINY, made_batch, tiny_policy
 
 @pytest.fixture(scope="module")
 def model():
-    policy = with_heads(tiny_policy()[0], TINY.hidden_size, ["scores", "values"])
+    names = ["scores", "values", "embeddings:6", "degree_logits:3"]
+    policy = with_heads(tiny_policy()[0], TINY.hidden_size, names)
     return policy, policy.init(jax.random.key(0))
 
 
@@ -75,6 +76,37 @@ def test_a_loss_that_names_a_missing_head_is_refused():
     state = init_state(params, objective, optimizer, jax.random.key(0))
     with pytest.raises(ValueError, match="needs scores, which nobody provides"):
         jax.eval_shape(make_train_step(policy, objective, optimizer), state, made_batch(2, rows=1))
+
+
+def test_embeddings_read_each_candidates_last_token_and_degrees_that_of_the_groups_last(model):
+    policy, params = model
+    batch = made_batch(6, rows=3, ragged=True, candidates=3)
+    names = ["embeddings", "degree_logits"]
+    out = head_outputs(policy, params, batch, names, all_hidden(policy, params, batch))
+    assert out["embeddings"].shape == (*batch.where.shape, 6)
+    assert out["degree_logits"].shape == (*batch.where.shape[:-1], 3)
+    last = {}
+    for row, g, k, prompt, completion in sequence_tokens(batch):
+        state = last[row, g] = alone(policy, params, prompt, completion)[-1]
+        expected = policy.heads["embeddings"](params, state)
+        np.testing.assert_allclose(out["embeddings"][row, g, k], expected, atol=1e-5)
+    for (row, g), state in last.items():
+        expected = policy.heads["degree_logits"](params, state)
+        np.testing.assert_allclose(out["degree_logits"][row, g], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("values:3", "only vectors have a width, such as embeddings:2, degree_logits:4"),
+        ("degree_logits:0", "only vectors have a width"),
+        ("embeddings:x", "only vectors have a width"),
+        ("embeddings:3", "give an even width"),
+    ],
+)
+def test_heads_of_a_wrong_width_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        with_heads(tiny_policy()[0], 16, [name])
 
 
 def test_unknown_heads_are_refused():
