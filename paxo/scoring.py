@@ -24,8 +24,9 @@ from paxo.logp_store import LogpStore
 from paxo.numerics import at_least_float32
 from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
 
-# Heads that are read once a candidate or once a group; all others are read at every scored token.
-AT_CANDIDATES, AT_GROUPS = ("scores", "embeddings"), ("degree_logits",)
+# Heads that are read once a candidate, once a group, or at each scored token itself; all others are
+# read where the scored tokens are predicted.
+AT_CANDIDATES, AT_GROUPS, AT_TOKENS = ("scores", "embeddings"), ("degree_logits",), ("step_scores",)
 
 ROWS = PartitionSpec(("data", "fsdp"))
 
@@ -125,8 +126,8 @@ def head_outputs(
 
     Returns:
         "scores" `[R, G, K]` and "embeddings" `[R, G, K, N]`, read at each candidate's last token;
-        "degree_logits" `[R, G, N]` at that of a group's last candidate; the others `[R, G, K, T]`,
-        read where the tokens are predicted.
+        "degree_logits" `[R, G, N]` at that of a group's last candidate; "step_scores"
+        `[R, G, K, T]` at each scored token; the others `[R, G, K, T]` where those are predicted.
     """
     out = {}
     for name in names:
@@ -135,6 +136,8 @@ def head_outputs(
             out[name] = head(_states_at(_last_tokens(batch), hidden))
         elif name in AT_GROUPS:
             out[name] = head(_states_at(jnp.max(_last_tokens(batch), -1), hidden))
+        elif name in AT_TOKENS:
+            out[name] = by_candidate(head(_states_at(_own_tokens(batch), hidden)), batch)
         else:
             out[name] = by_candidate(head(predicting(hidden, batch)), batch)
     return out
@@ -405,6 +408,17 @@ def _last_tokens(batch: PreferenceBatch) -> Array:
     slot = jnp.where(batch.branch == 0, -1, slot)
     mine = slot[:, :, None] == jnp.arange(groups * candidates)
     return jnp.max(jnp.where(mine, index[:, None], 0), axis=1).reshape(batch.where.shape)
+
+
+def _own_tokens(batch: PreferenceBatch) -> Array:
+    """`[R, S]` index in the row of each scored token; any index on padding."""
+    # A token of a completion predicts the next, so the next slot's `score_from` is where it lies.
+    following = jnp.roll(batch.score_from, -1, axis=1)
+    continues = batch.score_slot == jnp.pad(batch.score_slot, ((0, 0), (0, 1)), mode="edge")[:, 1:]
+    last_slot = jnp.arange(batch.score_slot.shape[1]) == batch.score_slot.shape[1] - 1
+    ends = jnp.pad(_last_tokens(batch).reshape(len(batch.tokens), -1), ((0, 0), (0, 1)))
+    end = jnp.take_along_axis(ends, batch.score_slot, axis=1)
+    return jnp.where(continues & ~last_slot, following, end)
 
 
 def _num_slots(batch: PreferenceBatch) -> int:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from paxo.types import Array, Params, Policy
 
 # Name -> width of the output, None for one number. "scores" and "embeddings" are read at a
-# completion's last token, "degree_logits" at that of a group's last completion, the others at every
-# scored token.
+# completion's last token, "degree_logits" at that of a group's last completion, "step_scores" at
+# every scored token, and the others where the scored tokens are predicted.
 HEADS: dict[str, int | None] = {
     "scores": None,
     "values": None,
+    "step_scores": None,
     "token_weights": None,
     "kl_token_weights": None,
     "embeddings": 2,

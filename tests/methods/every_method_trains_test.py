@@ -17,7 +17,7 @@ from scipy import stats
 
 import paxo
 from paxo.objectives import LOSSES
-from tests.methods.recipes import RECIPES, Recipe
+from tests.methods.recipes import RECIPES, Recipe, stepwise
 from tests.methods.task import head_outputs, make_task, train
 
 pytestmark = pytest.mark.slow
@@ -70,6 +70,8 @@ def test_method_keeps_its_promise(name, task):
 
 def accuracy(task, trained, head):
     """`[N]` per held-out prompt whether the head puts the best sample above the worst."""
+    if head == "step_scores":
+        return steps_told_apart(task, trained)
     pairs = [s.choose((0, 5), (1, 0)) for s in task.heldout]
     outputs = head_outputs(trained, pairs, head)
     if head == "scores":
@@ -80,3 +82,18 @@ def accuracy(task, trained, head):
         return np.array([float(general_preference_scores(x)[0, 1] > 0) for x in outputs])
     last = [[y[len(c) - 1] for y, c in zip(x, p.completions)] for x, p in zip(outputs, pairs)]
     return np.array([float(a > b) for a, b in last])
+
+
+def steps_told_apart(task, trained):
+    """`[N]` for kind and unkind clauses, put side by side, whether the kind one scores higher."""
+    wanted = frozenset({"step_mask", "step_labels"})
+    groups = [stepwise(s, task.heldout, wanted) for s in task.heldout]
+    found = {True: [], False: []}
+    for group, scores in zip(groups, head_outputs(trained, groups, "step_scores")):
+        for k, completion in enumerate(group.completions):
+            ends = group.extras["step_mask:KT"][k] > 0
+            for score, kind in zip(
+                scores[k, : len(completion)][ends], group.extras["step_labels:KT"][k][ends]
+            ):
+                found[bool(kind)].append(score)
+    return np.array([float(a > b) for a, b in zip(found[True], found[False])])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from experiments import quickstart
 from paxo.data.records import TokenGroup
 from tests.methods.task import STRENGTH, Sampled
 
@@ -81,7 +82,9 @@ def by_token(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> 
         "returns": spread(sample.rewards),
         "previous_values": spread(np.zeros(6)),
     }
-    return dataclasses.replace(group, extras={n: x for n, x in arrays.items() if n in wanted})
+    return dataclasses.replace(
+        group, extras={f"{n}:KT": x for n, x in arrays.items() if n in wanted}
+    )
 
 
 def judged(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> TokenGroup:
@@ -106,20 +109,6 @@ def unpaired(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> 
     return group
 
 
-def mismatched(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> list[TokenGroup]:
-    """The same, each with a completion of another prompt, label 0."""
-    other = others[(sample.index + 7) % len(others)].group
-    return [
-        dataclasses.replace(
-            group,
-            completions=(*group.completions, other.completions[2]),
-            finished=(*group.finished, other.finished[2]),
-            labels=(*group.labels, 0.0),
-        )
-        for group in unpaired(sample, others, wanted)
-    ]
-
-
 def blind(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> TokenGroup:
     """Chosen, rejected, and what is written without looking: the completion of another prompt."""
     other = others[(sample.index + 7) % len(others)].group
@@ -137,6 +126,59 @@ def shown_in_any_order(sample: Sampled, others, wanted: frozenset[str]) -> Token
     return places(*((0, 5), (5, 0))[sample.index % 2], labels=((1, 0), (0, 1))[sample.index % 2])(
         sample, others, wanted
     )
+
+
+def with_degree(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """A pair, and how far apart the two are, in four degrees."""
+    gap = sample.rewards[0] - sample.rewards[5]
+    return sample.choose(
+        (0, 5), (1, 0), degree_labels=np.float32(np.digitize(gap, (0.3, 0.5, 0.7)))
+    )
+
+
+def clauses(completion: np.ndarray) -> np.ndarray:
+    """`[T]` 1 on the last token of each clause: before "and", "but" and the end."""
+    glue = [quickstart.vocabulary().index(word) for word in ("and", "but")]
+    ends = np.zeros(len(completion), np.float32)
+    ends[:-1] = np.isin(completion[1:], [*glue, 2])
+    ends[-1] = not ends.any()
+    return ends
+
+
+def stepwise(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """Four graded completions cut into clauses, and whether each clause is kind."""
+    group = graded(sample, others, frozenset())
+    ends = tuple(clauses(c) for c in group.completions)
+    arrays = {
+        "step_ends": ends,
+        "step_mask": ends,
+        "step_similarities": tuple(np.full(len(e), 0.5, np.float32) for e in ends),
+        "step_labels": tuple(_kind(c, e) for c, e in zip(group.completions, ends)),
+    }
+    return dataclasses.replace(
+        group, extras={f"{n}:KT": x for n, x in arrays.items() if n in wanted}
+    )
+
+
+def _kind(completion: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """`[T]` 1 at the end of each clause whose words are good on the whole."""
+    words = quickstart.vocabulary()
+    values = [quickstart.SENTIMENT.get(words[token], 0.0) for token in completion]
+    kind, clause = np.zeros(len(ends), np.float32), 0.0
+    for t, value in enumerate(values):
+        clause += value
+        if ends[t]:
+            kind[t], clause = clause > 0, 0.0
+    return kind
+
+
+def segments(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """Pairs judged by reward plus the change of a potential, which the scores must not learn."""
+    rng = np.random.default_rng(sample.index)
+    end = rng.uniform(-0.3, 0.3, 2)
+    order = np.argsort(-(sample.rewards[[0, 5]] + end))
+    chosen = np.array((0, 5))[order]
+    return sample.choose(chosen, (1, 0), start_values=np.zeros(2), end_values=end[order])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +211,7 @@ RECIPES = {
     "discopop": Recipe(hyper={"tau": 1.0}),
     "onpo": Recipe(hyper={"eta": 5.0}),
     **_all(Recipe(unpaired), "apo_zero_unpaired", "nca_unpaired", "bco"),
-    "kto": Recipe(mismatched),
+    "kto": Recipe(unpaired),  # the packer adds the mismatched completions
     "bpo": Recipe(blind),
     **_all(Recipe(places(0, 5, 1)), "rationale_dpo", "triple_po", "triple_po_l"),
     **_all(Recipe(places(0, 5, 2, 3)), "xpo", "vpo", "selm", "hypo"),
@@ -198,4 +240,9 @@ RECIPES = {
     "plackett_luce_reward": Recipe(graded, promise="accuracy", head="scores"),
     "pair_preference": Recipe(shown_in_any_order, promise="accuracy", head="scores"),
     "general_preference": Recipe(promise="accuracy", head="embeddings"),
+    "regret_preference": Recipe(segments, promise="accuracy", head="scores"),
+    "prm": Recipe(stepwise, promise="accuracy", head="step_scores"),
+    "tpo_tree": Recipe(stepwise),
+    "spo_degree": Recipe(with_degree),
+    "opa_dpo": Recipe(places(0, 1, 5, 3, 4)),
 }

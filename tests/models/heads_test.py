@@ -16,7 +16,7 @@ from tests.made import TINY, made_batch, tiny_policy
 
 @pytest.fixture(scope="module")
 def model():
-    names = ["scores", "values", "embeddings:6", "degree_logits:3"]
+    names = ["scores", "values", "step_scores", "embeddings:6", "degree_logits:3"]
     policy = with_heads(tiny_policy()[0], TINY.hidden_size, names)
     return policy, policy.init(jax.random.key(0))
 
@@ -27,10 +27,10 @@ def alone(policy, params, prompt, completion):
     return policy.trunk(params, tokens, jnp.arange(tokens.shape[1])[None], ones, ones - 1)[0]
 
 
-def test_scores_read_the_last_token_and_values_the_predicting_ones_of_each_sequence_alone(model):
+def test_heads_read_the_last_the_own_or_the_predicting_tokens_of_each_sequence_alone(model):
     policy, params = model
     batch = made_batch(6, rows=3, ragged=True, candidates=3)
-    names = ["scores", "values"]
+    names = ["scores", "values", "step_scores"]
     out = jax.jit(lambda p, b: head_outputs(policy, p, b, names, all_hidden(policy, p, b)))(
         params, batch
     )
@@ -44,6 +44,10 @@ def test_scores_read_the_last_token_and_values_the_predicting_ones_of_each_seque
             values[: len(completion)], policy.heads["values"](params, before), atol=1e-5
         )
         assert not values[len(completion) :].any()
+        scores = out["step_scores"][row, g, k]
+        own = policy.heads["step_scores"](params, states[len(prompt) :])
+        np.testing.assert_allclose(scores[: len(completion)], own, atol=1e-5)
+        assert not scores[len(completion) :].any()
 
 
 def test_a_loss_that_names_a_head_trains_it(model):
