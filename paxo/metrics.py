@@ -13,14 +13,18 @@ from paxo.numerics import Array, Mean, masked, safe_divide
 def implicit_rewards(
     inputs: Mapping[str, Array], scale: float, *, per_token: bool = False
 ) -> Array:
-    """`[..., K]` scale * log-ratio to the reference in nats, or without one to nothing.
+    """`[..., K]` scale * log-ratio in nats to the reference, without one to the previous policy.
+
+    Without either it is the policy's own log-prob.
 
     Args:
-        inputs: arrays of the loss by name: `policy_logps`, perhaps `reference_logps`, `lengths`.
+        inputs: arrays of the loss by name: `policy_logps`, perhaps `reference_logps` or
+            `previous_logps`, `lengths`.
         scale: beta of the objective.
         per_token: divide by `lengths`, as SimPO's reward does.
     """
-    rewards = inputs["policy_logps"] - inputs.get("reference_logps", 0.0)
+    base = inputs.get("reference_logps", inputs.get("previous_logps", 0.0))
+    rewards = inputs["policy_logps"] - base
     return scale * (safe_divide(rewards, inputs["lengths"]) if per_token else rewards)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import Range, Real
+from paxo.losses.contract import Range, Real, reward_of
 from paxo.losses.table import ALIASES, LOSSES
 from paxo.numerics import Array, Mean
 
@@ -77,9 +77,9 @@ class Term:
         arrays = {name: known[name] for name in self.arrays if name in known}
         result = self.loss(**arrays, **self.hyper_parameters)
         result, state = result if self.stateful else (result, None)
-        return result if isinstance(result, Mean) else _mean_over_groups(
-            result, inputs["where"]
-        ), state
+        if isinstance(result, Mean):  # perhaps one of each group
+            return Mean(jnp.sum(result.total), jnp.sum(result.count)), state
+        return _mean_over_groups(result, inputs["where"]), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +167,15 @@ class Objective:
 
     @property
     def reward_scale(self) -> float:
-        """Factor of the implicit reward: beta of the first loss (or tau, if that is its name)."""
-        hyper = self.terms[0].hyper_parameters
-        return float(hyper.get("beta", hyper.get("tau", 1.0)))
+        """Factor of the first loss's implicit reward, such as DPO's beta (`contract.REWARDS`)."""
+        first = self.terms[0]
+        return reward_of(first.loss, first.hyper_parameters).scale_of(first.hyper_parameters)
 
     @property
     def reward_per_token(self) -> bool:
-        """Whether the implicit reward is a mean over tokens: without a reference, with lengths."""
-        return "lengths" in self.terms[0].arrays and not self.roles
+        """Whether the first loss's implicit reward is a mean over tokens, as SimPO's."""
+        first = self.terms[0]
+        return reward_of(first.loss, first.hyper_parameters).is_per_token(first.hyper_parameters)
 
     def init_state(self) -> tuple[Any, ...]:
         """The first memory of each term: `()` for the many that have none."""

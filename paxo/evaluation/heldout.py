@@ -24,8 +24,8 @@ def reward_accuracy(
 
     Args:
         scorer: log-probs of the policy that is measured.
-        batches: rows of host arrays with `fixed_logps["reference"]` attached, or without: then the
-            reward is the policy's own log-prob.
+        batches: rows of host arrays with `fixed_logps["reference"]` (or "previous") attached, or
+            without: then the reward is the policy's own log-prob.
         scale: beta.
         per_token: divide by lengths, as reference-free objectives do.
 
@@ -90,6 +90,5 @@ def _rewards(scorer: Scorer, batch: PreferenceBatch, scale: float, per_token: bo
     """`[R, G, K]` implicit rewards of the policy."""
     inputs = {"policy_logps": np.asarray(scorer(batch))}
     inputs["lengths"] = np.asarray(slot_lengths(batch))
-    if "reference" in batch.fixed_logps:
-        inputs["reference_logps"] = np.asarray(batch.fixed_logps["reference"])
+    inputs |= {f"{role}_logps": np.asarray(x) for role, x in batch.fixed_logps.items()}
     return np.asarray(metrics.implicit_rewards(inputs, scale, per_token=per_token))

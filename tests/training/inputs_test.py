@@ -16,7 +16,6 @@ from paxo.losses import (
     policy_gradient,
     reward,
     selfplay,
-    steps,
     tokenwise,
 )
 from paxo.objectives import LOSSES, Objective, Term, objective
@@ -45,10 +44,8 @@ NAMED = {
     "grpo": group_relative.grpo_loss,
     "ppo_value": policy_gradient.ppo_value_loss,
     "general_preference": reward.general_preference_loss,
-    "prm": steps.prm_loss,
     "spo_degree": multi.spo_degree_loss,
     "inpo": selfplay.inpo_loss,
-    "ofs_dpo": multi.ofs_dpo_loss,
 }
 
 
@@ -121,6 +118,19 @@ def test_kto_runs_on_pairs_whose_grades_become_signs(tmp_path, model):
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6)
     assert lines[-1]["rewards/chosen"] > lines[-1]["rewards/rejected"]
     assert results(workdir)["heldout_accuracy"]["after"] > 0.5
+
+
+def test_inspect_counts_the_mismatched_completions_in_the_rows(tmp_path, model, capsys):
+    shares = []
+    for name in ("dpo", "kto"):
+        file = write_experiment(
+            tmp_path / f"{name}.py", model, objective=f'paxo.objective("{name}")'
+        )
+        assert paxo("inspect", file, "--num", "0") == 0
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if "padding share" in x]
+        shares.append(float(line.split()[-1].rstrip("%")))
+    assert 0 < shares[1] < 50
+    assert shares[0] != shares[1]
 
 
 def test_kto_on_lists_of_grades_is_refused_by_record(tmp_path, model, capsys):
