@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paxo.data.packing import sequence_tokens
+from paxo.data.packing import choose_shape, pack_groups, sequence_tokens
 from paxo.logp_store import LogpStore
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.scoring import (
@@ -23,7 +23,7 @@ from paxo.scoring import (
     token_scores,
 )
 from tests.compiling import compilations, quick_compiles  # noqa: F401
-from tests.made import made_batch, tiny_policy
+from tests.made import made_batch, made_groups, tiny_policy
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -315,3 +315,19 @@ def test_batch_fields_that_do_not_matter_do_not_compile_again():
         scorer(attach_logps(batch, "reference", scorer))
         scorer(dataclasses.replace(batch, extras={"rewards": batch.labels}))
     assert not compiled.count
+
+
+def test_a_context_is_read_and_not_scored():
+    policy, params = small_policy()
+    rng = np.random.default_rng(1)
+    groups = [
+        dataclasses.replace(
+            group, contexts=tuple(rng.integers(3, 40, n).astype(np.int32) for n in (0, 3))
+        )
+        for group in made_groups(5, longest=5)
+    ]
+    batch, _ = pack_groups(groups, choose_shape(groups, row_length=48))
+    found = sequence_logps(policy, params, batch)
+    np.testing.assert_allclose(found, alone(policy, params, batch), rtol=1e-5, atol=1e-5)
+    lengths = np.asarray(slot_lengths(batch))[batch.where]
+    assert lengths.sum() == sum(len(c) for group in groups for c in group.completions)

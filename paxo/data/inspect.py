@@ -173,6 +173,7 @@ def render_group(group: TokenGroup, tokenizer: TextTokenizer) -> "Text":
         ending = "" if group.finished[k] else ", cut"
         head = f"\n[{k + 1}] grade {group.labels[k]:g}, {len(completion)} scored tokens{ending}\n"
         text.append(head, style="bold")
+        _append(text, group.context(k), tokenizer, "dim", reserved)
         best = group.labels[k] == max(group.labels) and group.labels[k] > 0
         _append(text, completion, tokenizer, f"underline {'green' if best else 'red'}", reserved)
     return text.append("\n")
@@ -243,7 +244,8 @@ def _duplicates(keys) -> int:
 
 
 def _content(group: TokenGroup) -> tuple:
-    return (group.prompt.tobytes(), *(c.tobytes() for c in group.completions), group.labels)
+    parts = (group.prompt, *group.contexts, *group.completions)
+    return (*(part.tobytes() for part in parts), group.labels)
 
 
 def _matching(skipped: Mapping[str, int], dropped: Mapping[str, int], reason: str) -> int:

@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from paxo.data.records import ROLES, Extra, Message, Record, RecordError, Text, plain_text
+from paxo.data.records import (
+    ROLES,
+    Extra,
+    Message,
+    Record,
+    RecordError,
+    Text,
+    is_ids,
+    plain_text,
+)
 
 OPTIONAL_EXTRAS = ("margin", "score_chosen", "score_rejected")
 # These change what the prompt is: ignoring them would quietly train on another task.
@@ -36,6 +45,9 @@ def parse_record(
     | `messages` | a demonstration: the last assistant turn is the completion |
     | `text` | plain text without a prompt |
     | `prompt_ids`, `chosen_ids`, `rejected_ids` | a pair of token ids, used as they are |
+
+    With any of them `contexts` may hold, for each completion, a text (or token ids) that stands
+    between the prompt and it and is not scored: a draft to be revised, say.
 
     Texts are strings or lists of `{"role", "content"}`. Conversations may also be strings of turns
     that start with `"\\n\\nHuman:"` and `"\\n\\nAssistant:"`.
@@ -77,7 +89,8 @@ def parse_record(
     asked = {name.partition(":")[0] for name in extras}
     wanted = (*extras, *(n for n in OPTIONAL_EXTRAS if n in row and n not in asked))
     kept = {name: _extra(row, name, source, len(completions)) for name in wanted}
-    return Record(prompt, completions, labels, kept, source, index)
+    contexts = _contexts(row, prompt, source, len(completions))
+    return Record(prompt, completions, labels, kept, source, index, contexts)
 
 
 def parse_prompt(value: Any, source: str, field: str = "prompt") -> Text:
@@ -352,6 +365,22 @@ def _extra(row: Mapping, name: str, source: str, count: int) -> Extra:
         for k, part in enumerate(value)
     )
     return parts if axes == "KT" else np.stack(parts)
+
+
+def _contexts(row: Mapping, prompt: Text, source: str, count: int) -> tuple:
+    values = row.get("contexts", ())
+    if not isinstance(values, (list, tuple)) or len(values) not in (0, count):
+        expected = f"{count} texts, one for each completion"
+        raise _error(source, "contexts", expected, _short(values), reason="wrong type")
+    kind = "a list of token ids" if is_ids(prompt) else "a string"
+    for k, value in enumerate(values):
+        if is_ids(prompt):
+            fits = isinstance(value, (list, tuple)) and all(type(i) is int for i in value)
+        else:
+            fits = isinstance(value, str)
+        if not fits:
+            raise _error(source, f"contexts[{k}]", kind, _short(value), reason="wrong type")
+    return tuple(tuple(value) if is_ids(prompt) else value for value in values)
 
 
 def _short(value: Any) -> str:

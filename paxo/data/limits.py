@@ -95,7 +95,7 @@ def keep_end(prompt: np.ndarray, length: int, *, bos_id: int | None = None) -> n
 
 
 def _fit_sequence(group: TokenGroup, limits: TokenLimits, bos_id: int | None) -> TokenGroup:
-    longest = _longest(group)
+    longest = max(len(c) + len(group.context(k)) for k, c in enumerate(group.completions))
     if len(group.prompt) + longest <= limits.max_sequence:
         return group
     if limits.long_prompt == "keep_end":
@@ -105,6 +105,7 @@ def _fit_sequence(group: TokenGroup, limits: TokenLimits, bos_id: int | None) ->
     room = limits.max_sequence - len(group.prompt)
     if longest <= room:
         return group
+    room -= max(map(len, group.contexts), default=0)
     if limits.long_completion == "cut" and room > 0:
         return _cut_completions(group, limits, room, "max_sequence")
     policy = "long_completion" if room > 0 else "long_prompt"

@@ -127,9 +127,14 @@ def pad_rows(batch: PreferenceBatch, num_rows: int) -> PreferenceBatch:
 def sequence_tokens(
     batch: PreferenceBatch,
 ) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarray]]:
-    """Reads the candidates back in order: (row, g, k, prompt ids, completion ids)."""
+    """Reads the candidates back in order: (row, g, k, prompt ids, scored ids).
+
+    A context that is not scored counts to the prompt.
+    """
     tokens, group, branch = map(np.asarray, (batch.tokens, batch.group, batch.branch))
+    candidates, slots = batch.where.shape[-1], np.asarray(batch.score_slot)
     for row in range(len(tokens)):
+        scored = np.bincount(slots[row], minlength=batch.where.shape[-2] * candidates)
         # The branch changes wherever a part begins: groups start with branch 0, end with another.
         edges = [0, *(np.flatnonzero(np.diff(branch[row])) + 1), tokens.shape[1]]
         prompt = tokens[row, :0]
@@ -140,7 +145,9 @@ def sequence_tokens(
             if k < 0:
                 prompt = tokens[row, start:end]
             else:
-                yield row, g, k, prompt, tokens[row, start:end]
+                first = end - scored[g * candidates + k]
+                before = np.concatenate([prompt, tokens[row, start:first]])
+                yield row, g, k, before, tokens[row, first:end]
 
 
 def padding_share(batch: PreferenceBatch) -> Any:
@@ -183,15 +190,18 @@ def _fill_group(
     batch.positions[row, at:prompt_end] = np.arange(prompt_size)
     start = prompt_end
     for k, completion in enumerate(group.completions):
-        size = len(completion)
-        here, scored = slice(start, start + size), slice(slot, slot + size)
-        batch.tokens[row, here] = completion
-        batch.positions[row, here] = np.arange(prompt_size, prompt_size + size)
+        context = group.context(k)
+        first, size = start + len(context), len(completion)
+        here, scored = slice(start, first + size), slice(slot, slot + size)
+        batch.tokens[row, start:first] = context
+        batch.tokens[row, first : here.stop] = completion
+        batch.positions[row, here] = np.arange(prompt_size, prompt_size + here.stop - start)
         batch.branch[row, here] = k + 1
         batch.score_token[row, scored] = completion
-        # The end of the prompt predicts the first token, and each token the one after it.
-        batch.score_from[row, scored] = np.arange(start - 1, start + size - 1)
-        batch.score_from[row, slot] = prompt_end - 1
+        # The end of prompt and context predicts the first token, each token the one after it.
+        batch.score_from[row, scored] = np.arange(first - 1, first + size - 1)
+        if not len(context):
+            batch.score_from[row, slot] = prompt_end - 1
         batch.score_slot[row, scored] = g * num_candidates + k
         start, slot = here.stop, scored.stop
     batch.group[row, at:start] = g + 1

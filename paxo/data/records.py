@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,8 @@ class Record:
             "x:D" `[D]`, "x:KD" `[K, D]`, and "x:KT" K arrays, a number for each scored token.
         source: file and line, such as `"pairs.jsonl:17"`.
         index: number of the row in its source from 0, skipped ones counted; None if made by hand.
+        contexts: K texts that stand between the prompt and each completion and are not scored, such
+            as a draft that is revised; () for none.
     """
 
     prompt: Text
@@ -99,6 +102,7 @@ class Record:
     extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
     source: str = "record"
     index: int | None = None
+    contexts: tuple[str | tuple[int, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +118,8 @@ class TokenGroup:
         extras: see `Record`.
         index: number of the record in its source.
         source: file and line of the record.
+        contexts: K arrays, the tokens between the prompt and each completion that are not scored;
+            () for none.
     """
 
     prompt: np.ndarray
@@ -123,16 +129,26 @@ class TokenGroup:
     extras: Mapping[str, Extra]
     index: int
     source: str
+    contexts: tuple[np.ndarray, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the group takes in a row: the prompt once, and every completion."""
-        return len(self.prompt) + sum(len(completion) for completion in self.completions)
+        """Tokens that the group takes in a row: the prompt once, contexts and completions."""
+        return len(self.prompt) + sum(map(len, (*self.completions, *self.contexts)))
+
+    def context(self, k: int) -> np.ndarray:
+        """Tokens between the prompt and completion k."""
+        return self.contexts[k] if self.contexts else self.prompt[:0]
 
     @property
     def is_pair(self) -> bool:
         """True for two completions of which one is better."""
         return len(self.labels) == 2 and self.labels[0] != self.labels[1]
+
+
+def is_ids(text: Any) -> bool:
+    """True for a text that is given as token ids."""
+    return not isinstance(text, str) and len(text) > 0 and isinstance(text[0], (int, np.integer))
 
 
 def plain_text(text: Text) -> str:

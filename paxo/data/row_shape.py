@@ -112,7 +112,7 @@ def group_sizes(groups: Sequence[TokenGroup]) -> Sizes:
                 f"{group.source}: {len(group.labels)} labels for {len(lengths)} candidates"
             )
         slots[i] = sum(lengths)
-    return Sizes(slots + [len(group.prompt) for group in groups], slots)
+    return Sizes(np.array([group.num_tokens for group in groups], np.int64), slots)
 
 
 def check_fits(

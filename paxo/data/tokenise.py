@@ -24,9 +24,10 @@ from paxo.data.records import (
     TextError,
     TokenGroup,
     extra_axes,
+    is_ids,
     plain_text,
 )
-from paxo.data.tokenizer import TextTokenizer, is_ids, load_tokenizer
+from paxo.data.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = ["TextTokenizer", "TokenLimits", "TokenisedSet", "load_tokenizer", "tokenise"]
 
@@ -82,10 +83,13 @@ def tokenise(
         drafts = _drafts(records[start : start + BLOCK], start, tokenizer, skipped)
         prompts = tokenizer.encode([draft.prompt for draft in drafts])
         full = iter(tokenizer.encode([text for draft in drafts for text in draft.full]))
+        texts = [t for draft in drafts if draft.record.contexts for t in draft.before]
+        before = iter(tokenizer.encode(texts))
         for draft, prompt in zip(drafts, prompts):
             joint = [next(full) for _ in draft.full]
+            starts = [next(before) if draft.record.contexts else prompt for _ in draft.full]
             with skipped, _placed(draft.record):
-                group = _group(draft, prompt, joint, tokenizer)
+                group = _group(draft, prompt, starts, joint, tokenizer)
                 _check(group, limits.vocab_size or tokenizer.vocab_size)
                 try:
                     groups.append(fit(group, limits, bos_id=tokenizer.bos_id))
@@ -104,11 +108,16 @@ def tokenise(
 
 @dataclasses.dataclass(frozen=True)
 class _Draft:
-    """A record as text: `full[k]` starts with `prompt` and holds the completion `texts[k]`."""
+    """A record as text.
+
+    `before[k]` is `prompt` and the context of completion k, and begins `full[k]`, which holds the
+    completion `texts[k]`.
+    """
 
     record: Record
     index: int
     prompt: str
+    before: tuple[str, ...]
     texts: tuple[str, ...]
     full: tuple[str, ...]
     notes: collections.Counter
@@ -126,9 +135,14 @@ def _drafts(
             texts = tuple(
                 _clean(record, k, text, tokenizer, notes) for k, text in enumerate(completions)
             )
-            full = tuple(_full_text(record, prompt, text, tokenizer) for text in texts)
+            contexts = record.contexts or ("",) * len(texts)
+            before = tuple(prompt + context for _, context in zip(texts, contexts))
+            full = tuple(
+                _full_text(record, start, context, text, tokenizer)
+                for start, context, text in zip(before, contexts, texts)
+            )
             index = position if record.index is None else record.index
-            drafts.append(_Draft(record, index, prompt, texts, full, notes))
+            drafts.append(_Draft(record, index, prompt, before, texts, full, notes))
     return drafts
 
 
@@ -144,15 +158,17 @@ def _clean(
     return text
 
 
-def _full_text(record: Record, prompt: str, text: str, tokenizer: TextTokenizer) -> str:
-    """The text of prompt and completion."""
+def _full_text(
+    record: Record, before: str, context: str, text: str, tokenizer: TextTokenizer
+) -> str:
+    """The text of prompt, context and completion."""
     if isinstance(record.prompt, str):
-        return prompt + text
-    full = tokenizer.render((*record.prompt, Message("assistant", text)), generate=False)
-    if not full.startswith(prompt):
+        return before + text
+    full = tokenizer.render((*record.prompt, Message("assistant", context + text)), generate=False)
+    if not full.startswith(before):
         raise TextError(
             expected="a chat template that renders the prompt alike with and without its reply",
-            got=f"{prompt[-40:]!r} against {full[: len(prompt)][-40:]!r}",
+            got=f"{before[-40:]!r} against {full[: len(before)][-40:]!r}",
             way_out="pass another chat_template, or render the prompts to strings first",
             reason="chat template is not prefix-preserving",
         )
@@ -160,14 +176,28 @@ def _full_text(record: Record, prompt: str, text: str, tokenizer: TextTokenizer)
 
 
 def _group(
-    draft: _Draft, prompt: list[int], joint: list[list[int]], tokenizer: TextTokenizer
+    draft: _Draft,
+    prompt: list[int],
+    starts: list[list[int]],
+    joint: list[list[int]],
+    tokenizer: TextTokenizer,
 ) -> TokenGroup:
     """The group of a record from the ids of its texts; no limits yet."""
     record = draft.record
     if is_ids(record.prompt):
         prompt, completions = list(record.prompt), [list(ids) for ids in record.completions]
+        contexts = record.contexts
     else:
-        completions = [_completion(draft, k, prompt, ids, tokenizer) for k, ids in enumerate(joint)]
+        completions = [
+            _completion(draft, k, start, ids, tokenizer)
+            for k, (start, ids) in enumerate(zip(starts, joint))
+        ]
+        contexts = [
+            start[len(prompt) :]
+            if start[: len(prompt)] == prompt
+            else tokenizer.encode_continuation(context)
+            for start, context in zip(starts, record.contexts)
+        ]
         if record.prompt != "":
             prompt = tokenizer.finish_prompt(record.prompt, prompt)
         elif tokenizer.bos_id is not None:
@@ -184,6 +214,7 @@ def _group(
         extras=record.extras,
         index=draft.index,
         source=record.source,
+        contexts=tuple(np.array(ids, np.int32) for ids in contexts),
     )
 
 
@@ -191,7 +222,7 @@ def _completion(
     draft: _Draft, k: int, prompt: list[int], joint: list[int], tokenizer: TextTokenizer
 ) -> list[int]:
     """Ids of the k-th completion, with one stop token, which is the last."""
-    record, text = draft.record, draft.full[k][len(draft.prompt) :]
+    record, text = draft.record, draft.full[k][len(draft.before[k]) :]
     reserved = {*tokenizer.stop_ids, tokenizer.bos_id}
     inside = ("no BOS or stop token before the end", repr(text[:60]), "stop token in a completion")
     ids = joint[len(prompt) :]
@@ -230,6 +261,7 @@ def _split(text: str, content: str) -> list[tuple[str, bool]]:
 def _check(group: TokenGroup, vocab_size: int) -> None:
     parts = {"prompt": group.prompt}
     parts |= {_field(group, k): ids for k, ids in enumerate(group.completions)}
+    parts |= {f"contexts[{k}]": ids for k, ids in enumerate(group.contexts) if len(ids)}
     for field, ids in parts.items():
         if ids.min() < 0 or ids.max() >= vocab_size:
             raise RecordError(

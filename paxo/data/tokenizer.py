@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from paxo.data.records import DataError, Message, Text, TextError
+from paxo.data.records import DataError, Message, Text, TextError, is_ids
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,8 +263,3 @@ def _configured_stop_ids(name: str) -> tuple[int, ...]:
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def is_ids(text: Any) -> bool:
-    """True for a text that is given as token ids."""
-    return not isinstance(text, str) and len(text) > 0 and isinstance(text[0], (int, np.integer))

@@ -103,6 +103,7 @@ class EpochGroups(Sequence[TokenGroup]):
             finished=(*group.finished, donor.finished[place] and len(ids) == size),
             labels=(*group.labels, 0.0),
             extras=_padded(group.extras),
+            contexts=(*group.contexts, ids[:0]) if group.contexts else (),
         )
 
 

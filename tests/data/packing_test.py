@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,21 @@ def attention(batch):
     same = (group[:, :, None] == group[:, None, :]) & (group[:, :, None] != 0)
     shared = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
     return same & shared & np.tril(np.ones((group.shape[1],) * 2, bool))
+
+
+def test_a_context_stands_before_its_completion_and_is_not_scored():
+    group = make_group([1, 7], [5, 2], [6, 4, 2])
+    group = dataclasses.replace(group, contexts=(np.array([], np.int32), np.array([8, 9])))
+    shape = RowShape(length=10, slots=6, groups=1, candidates=2, max_completion=3)
+    batch, _ = pack_groups([group], shape)
+    assert group.num_tokens == 9
+    assert batch.tokens.tolist() == [[1, 7, 5, 2, 8, 9, 6, 4, 2, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4, 5, 6, 0]]
+    assert batch.branch.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2, 2, 0]]
+    assert batch.score_token.tolist() == [[5, 2, 6, 4, 2, 0]]
+    assert batch.score_from.tolist() == [[1, 2, 5, 6, 7, 0]]
+    found = [(p.tolist(), c.tolist()) for *_, p, c in sequence_tokens(batch)]
+    assert found == [([1, 7], [5, 2]), ([1, 7, 8, 9], [6, 4, 2])]
 
 
 def test_a_row_holds_each_prompt_once_and_then_its_completions():

@@ -229,3 +229,27 @@ def test_extras_of_another_shape_are_refused_by_record(name, value, message):
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "x": value}
     with pytest.raises(RecordError, match=f"pairs.jsonl:3: {message}"):
         parse_record(row, "pairs.jsonl:3", extras=(name,))
+
+
+LIST = {"prompt": "a", "completions": ["b", "c"], "scores": [1, 0]}
+
+
+def test_contexts_are_kept_for_each_completion():
+    record = parse_record(LIST | {"contexts": ["draft: b.", ""]}, "lists.jsonl:1")
+    assert record.contexts == ("draft: b.", "")
+    assert parse_record(LIST, "lists.jsonl:1").contexts == ()
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    assert parse_record(ids | {"contexts": [[7, 8], []]}, "x:1").contexts == ((7, 8), ())
+
+
+@pytest.mark.parametrize(
+    ("contexts", "message"),
+    [
+        (["only one"], "field 'contexts': expected 2 texts, one for each completion"),
+        ("draft", "field 'contexts': expected 2 texts"),
+        (["draft", 3], r"field 'contexts\[1\]': expected a string, got 3"),
+    ],
+)
+def test_contexts_of_another_number_or_kind_are_refused(contexts, message):
+    with pytest.raises(RecordError, match=message):
+        parse_record(LIST | {"contexts": contexts}, "lists.jsonl:1")

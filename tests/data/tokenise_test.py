@@ -60,6 +60,31 @@ def test_what_the_template_writes_after_the_end_of_turn_is_not_scored(chat_token
     np.testing.assert_array_equal(group.prompt, chat_tokenizer.encode_prompt(CHAT.prompt))
 
 
+def test_a_context_stands_between_prompt_and_completion(text_tokenizer, chat_tokenizer):
+    drafts = (" draft: no. better:", "")
+    for tokenizer, prompt in (
+        (text_tokenizer, "Is it?"),
+        (chat_tokenizer, (Message("user", "Is it?"),)),
+    ):
+        plain = Record(prompt, (" It is.", " No."), (1.0, 0.0), source="a:1")
+        record = dataclasses.replace(plain, contexts=drafts)
+        (group,), (without,) = (tokenise([r], tokenizer).groups for r in (record, plain))
+        assert tokenizer.decode(group.contexts[0]) == drafts[0]
+        assert len(group.contexts[1]) == 0
+        np.testing.assert_array_equal(group.prompt, without.prompt)
+        for found, expected in zip(group.completions, without.completions):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_context_counts_to_the_length_of_its_sequence(text_tokenizer):
+    record = Record("a", ("bbbb", "c"), (1.0, 0.0), contexts=("dddd", ""))
+    limits = TokenLimits(max_sequence=8, long_completion="cut")
+    (group,) = tokenise([record], text_tokenizer, limits).groups
+    longest = max(len(c) + len(group.context(k)) for k, c in enumerate(group.completions))
+    assert len(group.prompt) + longest <= 8
+    assert len(group.contexts[0]) == 4
+
+
 def test_an_eos_is_added_where_the_template_writes_none(byte_tokenizer_folder, plain_template):
     folder = byte_tokenizer_folder(bos="<s>", template=plain_template)
     tokenizer = load_tokenizer(folder)

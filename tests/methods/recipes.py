@@ -121,6 +121,23 @@ def blind(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> Tok
     )
 
 
+def revised(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """w, l, and revisions w|l, l|w, w|w, l|l: the draft stands before each, after "but"."""
+    w, l = (sample.group.completions[i] for i in (0, 5))  # noqa: E741
+    drafts = [np.append(d[:-1], quickstart.vocabulary().index("but")) for d in (l, w, w, l)]
+    group = sample.choose((0, 5, 0, 5, 0, 5), (1, 0, 1, 0, 1, 0))
+    return dataclasses.replace(
+        group, contexts=(w[:0], w[:0], *(d.astype(np.int32) for d in drafts))
+    )
+
+
+def reasoned(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """Chosen, rejected, and the better one once more as its reason, read after both."""
+    group = sample.choose((0, 5, 0), (1, 0, 0))
+    w, l = group.completions[:2]  # noqa: E741
+    return dataclasses.replace(group, contexts=(w[:0], w[:0], np.concatenate([w[:-1], l[:-1]])))
+
+
 def shown_in_any_order(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
     """A pair whose better one comes first or second."""
     return places(*((0, 5), (5, 0))[sample.index % 2], labels=((1, 0), (0, 1))[sample.index % 2])(
@@ -213,7 +230,9 @@ RECIPES = {
     **_all(Recipe(unpaired), "apo_zero_unpaired", "nca_unpaired", "bco"),
     "kto": Recipe(unpaired),  # the packer adds the mismatched completions
     "bpo": Recipe(blind),
-    **_all(Recipe(places(0, 5, 1)), "rationale_dpo", "triple_po", "triple_po_l"),
+    **_all(Recipe(places(0, 5, 1)), "triple_po", "triple_po_l"),
+    **_all(Recipe(reasoned), "rationale_dpo", "rationale_orpo"),
+    "srpo": Recipe(revised),
     **_all(Recipe(places(0, 5, 2, 3)), "xpo", "vpo", "selm", "hypo"),
     **_all(
         Recipe(graded),
@@ -229,7 +248,6 @@ RECIPES = {
         *("nash_md_pg", "sppo", "gpo", "mdpo", "grpo", "cispo", "sapo", "rloo", "copg"),
     ),
     "ppo_policy": Recipe(by_token),
-    "rationale_orpo": Recipe(places(0, 5, 1)),
     **_all(Recipe(graded), "slic_list", "gumbel"),
     **_all(Recipe(judged), "cgpo_crpg", "cgpo_codpo", "cgpo_crraft", "constrained_rlhf"),
     **_all(Recipe(rewarded), "brain", "oreo"),

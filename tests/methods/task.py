@@ -159,6 +159,7 @@ def train(task: Task, objective: Objective, groups: list[TokenGroup], *, lr, ste
     state = state.replace(frozen=frozen)
     step = jax.jit(make_train_step(policy, objective, optimizer))
     scorer = make_scorer(task.draw.model.policy, task.params)
+    groups = [group for group in groups if group.num_tokens <= ROW_LENGTH]
     mismatch = Mismatch() if objective.mismatched else None
     shape = choose_shape(groups, row_length=ROW_LENGTH, mismatch=mismatch)
     batches = Batches(groups, shape, ROWS, seed=0, prefetch=0, mismatch=mismatch)
