@@ -89,6 +89,7 @@ def settings() -> quickstart.Quickstart:
     config = paxo.ModelConfig(
         vocab_size=len(quickstart.vocabulary()), hidden_size=WIDTH, num_layers=2, num_heads=4,
         num_kv_heads=2, head_dim=16, intermediate_size=160, max_positions=64,
+        unroll=False,  # compiles faster
     )  # fmt: skip
     return dataclasses.replace(
         quickstart.experiment(),
