@@ -1,6 +1,7 @@
 """The console script `paxo`. Nothing heavy is imported before a verb runs, so `--help` is quick."""
 
 import argparse
+import dataclasses
 import difflib
 import errno
 import json
@@ -105,7 +106,10 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def methods(options: argparse.Namespace) -> None:
-    """`paxo methods`: lists the objectives."""
+    """`paxo methods`: lists the objectives, or with `--compare` those of other trainers beside."""
+    if options.compare is not None:
+        _print_peers(options)
+        return
     from paxo import objectives
 
     rows = objectives.method_table()
@@ -118,6 +122,24 @@ def methods(options: argparse.Namespace) -> None:
         details = [", ".join(row["inputs"]), values or "no hyper-parameters", row["paper"]]
         print(f"{row['name']:{width}}  {row['summary']}")
         print(f"{'':{width}}  {' | '.join(filter(None, details))}")
+
+
+def _print_peers(options: argparse.Namespace) -> None:
+    from paxo.losses.peers import comparison
+    from paxo.overrides import SettingsError
+
+    try:
+        rows = comparison(options.compare or None)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False))
+        return
+    header = ("objective", "library", "its name", "")
+    cells = [(r.name, r.peer, r.peer_name, "equal" if r.equal else "not equal") for r in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells)]
+    for row, note in zip((header, *cells), ("note", *(r.note for r in rows))):
+        print("  ".join(f"{cell:{w}}" for cell, w in zip((*row, note), (*widths, 0))).rstrip())
 
 
 VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {
@@ -255,6 +277,14 @@ def _add_sample(parser: _Parser) -> None:
 
 def _add_methods(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--compare",
+        nargs="?",
+        const="",
+        metavar="LIBRARY",
+        help="what TRL, EasyDeL, HALOs and authors' code compute, all or one of them, and whether "
+        "it is equal",
+    )
 
 
 _ARGUMENTS: Mapping[str, tuple[Callable[[_Parser], None], str]] = {

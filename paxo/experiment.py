@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import Any, Literal
 
 from paxo.data.limits import TokenLimits
+from paxo.data.records import EXTRA_AXES
 from paxo.models.config import Float, ModelConfig, Remat
+from paxo.models.heads import head_widths
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError, apply_overrides
 from paxo.provenance import forget_unless_begun, log_to, write_run_folder
@@ -33,6 +35,8 @@ class ModelSettings:
         compute_dtype: dtype of activations and matrix products.
         remat: what the backward pass computes again, see `ModelConfig`.
         unroll: whether the scan over layers is unrolled; None decides by size.
+        heads: extra outputs besides those that the objective cannot do without, or widths of these,
+            as in `embeddings:8` (see `paxo.models.heads`).
     """
 
     path: str | None = None
@@ -43,6 +47,10 @@ class ModelSettings:
     compute_dtype: Float = "float32"
     remat: Remat = "none"
     unroll: bool | None = None
+    heads: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        head_widths(self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,9 @@ class DataSettings:
         heldout: that share, by prompt: records of one prompt never lie on both sides.
         limits: greatest lengths and what is done about longer records.
         on_error: "raise" at the first bad record, or "skip" and count.
-        extras: numeric columns that the objective names.
+        extras: numeric columns that the objective names: a number a record or one a completion;
+            other shapes are told after the name, as in `advantages:KT`, a list for each completion
+            with a number for each scored token (KK for pairs of completions, KD and D for vectors).
         max_records: read only so many; None reads all.
         row_length: L, tokens of a row; None lets it follow from the lengths.
         slots: S, scored tokens of a row; None likewise.
@@ -80,6 +90,12 @@ class DataSettings:
             raise ValueError(f"data.heldout is a share in [0, 1); got {self.heldout}")
         if self.on_error not in ("raise", "skip"):
             raise ValueError(f"data.on_error must be 'raise' or 'skip'; got {self.on_error!r}")
+        for name in self.extras:
+            _, told, axes = name.partition(":")
+            if told and axes not in EXTRA_AXES:
+                raise ValueError(
+                    f"data.extras: {name!r} has axes other than {', '.join(EXTRA_AXES)}"
+                )
         if self.window < 1:
             raise ValueError(f"data.window must be at least 1; got {self.window}")
 
@@ -149,17 +165,20 @@ class MeshSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceSettings:
-    """The frozen policy under the role "reference".
+    """The frozen policy under a role, "reference" or "previous".
 
     Attributes:
         path: folder or hub name of another model of the same family and tokenizer; None takes the
             weights that training starts from.
         store: folder in which its log-probs are kept, so that they are computed once for all
-            epochs and runs; None takes `<workdir>/logps`, "off" computes them in every step.
+            epochs and runs; None takes `<workdir>/logps`, "off" computes them in every step. Hidden
+            states, which divergences of whole distributions need, are never kept.
+        attach: give it to the objective even where that can do without (GRPO's KL penalty).
     """
 
     path: str | None = None
     store: str | None = None
+    attach: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +192,9 @@ class Experiment:
         data: on what.
         train: how long.
         reference: the frozen policy that the objective may ask for.
+        previous: another one, the snapshot of self-play in rounds. The first round, and every one
+            that starts from its snapshot's weights, needs no `path`; `reference.path` then names
+            the policy of before the first round.
         mesh: devices.
         export: whether `<workdir>/export` is written at the end.
     """
@@ -183,6 +205,7 @@ class Experiment:
     data: DataSettings
     train: TrainSettings
     reference: ReferenceSettings = ReferenceSettings()
+    previous: ReferenceSettings = ReferenceSettings()
     mesh: MeshSettings = MeshSettings()
     export: bool = True
 

@@ -10,17 +10,20 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paxo.data.batching import Batches, epoch_batches
+from paxo.data.limits import TokenLimits
 from paxo.data.packing import choose_shape
 from paxo.data.records import Record, TokenGroup
 from paxo.data.row_shape import RowShape
 from paxo.data.sources import load_records
 from paxo.data.tokenise import TextTokenizer, TokenisedSet, load_tokenizer, tokenise
+from paxo.data.unpaired import Mismatch, signed
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.models.config import ModelConfig
 from paxo.models.heads import init_heads, with_heads
 from paxo.models.policy import make_policy, param_shapes
 from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.models.sharding import param_shardings
+from paxo.objectives import Objective
 from paxo.overrides import SettingsError
 from paxo.types import Params, Policy, PreferenceBatch
 
@@ -48,11 +51,19 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Tokenised groups, those held out, and the shape of the rows they are packed in."""
+    """Tokenised groups as rows will hold them.
+
+    Attributes:
+        groups: to train on.
+        heldout: those set apart.
+        shape: of the rows.
+        mismatch: set where the groups to train on are given mismatched completions.
+    """
 
     groups: Sequence[TokenGroup]
     heldout: Sequence[TokenGroup]
     shape: RowShape
+    mismatch: Mismatch | None = None
 
 
 def load_model(
@@ -102,8 +113,14 @@ def init_params(policy: Policy, config: ModelConfig, mesh: Mesh, key: jax.Array)
     return jax.jit(policy.init, out_shardings=placed)(key)
 
 
-def load_data(settings: DataSettings, model: Model) -> Data:
-    """Reads, tokenises and splits the records, and chooses the shape of the rows."""
+def load_data(settings: DataSettings, model: Model, objective: Objective | None = None) -> Data:
+    """Reads, tokenises and splits the records, and chooses the shape of the rows.
+
+    Args:
+        settings: which data.
+        model: its tokenizer, positions and vocabulary count.
+        objective: makes signs of the labels and asks for mismatched completions, if it needs them.
+    """
     _, tokenised = read_data(settings, model.tokenizer, model.config)
     groups = tokenised.groups
     if settings.heldout_path is not None:
@@ -114,7 +131,20 @@ def load_data(settings: DataSettings, model: Model) -> Data:
         groups = [g for g in groups if _share(g) >= settings.heldout]
     if not groups:
         raise SettingsError(f"data.heldout={settings.heldout} leaves no record to train on")
-    return Data(groups, heldout, row_shape([*groups, *heldout], settings, model.config))
+    if objective is not None and objective.unpaired:
+        groups, heldout = signed(groups), signed(heldout)
+    mismatch = mismatch_of(objective, settings, model.config)
+    shape = row_shape([*groups, *heldout], settings, model.config, mismatch)
+    return Data(groups, heldout, shape, mismatch)
+
+
+def mismatch_of(
+    objective: Objective | None, settings: DataSettings, config: ModelConfig
+) -> Mismatch | None:
+    """What the packer is asked for where the objective wants mismatched completions."""
+    if objective is None or not objective.mismatched:
+        return None
+    return Mismatch(token_limits(settings, config).max_sequence)
 
 
 def read_data(
@@ -134,7 +164,7 @@ def read_data(
     )
 
 
-def token_limits(settings: DataSettings, config: ModelConfig):
+def token_limits(settings: DataSettings, config: ModelConfig) -> TokenLimits:
     """The limits of the settings, no longer than the model's positions and a given row."""
     limits = settings.limits
     longest = min(limits.max_sequence or config.max_positions, config.max_positions)
@@ -145,7 +175,10 @@ def token_limits(settings: DataSettings, config: ModelConfig):
 
 
 def row_shape(
-    groups: Sequence[TokenGroup], settings: DataSettings, config: ModelConfig
+    groups: Sequence[TokenGroup],
+    settings: DataSettings,
+    config: ModelConfig,
+    mismatch: Mismatch | None = None,
 ) -> RowShape:
     """The shape of the rows for these groups."""
     return choose_shape(
@@ -154,6 +187,7 @@ def row_shape(
         slots=settings.slots,
         window=settings.window,
         width=config.hidden_size,
+        mismatch=mismatch,
     )
 
 
@@ -168,6 +202,7 @@ def batches(data: Data, settings: DataSettings, train_settings: TrainSettings) -
         window=settings.window,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        mismatch=data.mismatch,
     )
 
 

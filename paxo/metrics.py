@@ -13,14 +13,18 @@ from paxo.numerics import Array, Mean, masked, safe_divide
 def implicit_rewards(
     inputs: Mapping[str, Array], scale: float, *, per_token: bool = False
 ) -> Array:
-    """`[..., K]` scale * log-ratio to the reference in nats, or without one to nothing.
+    """`[..., K]` scale * log-ratio in nats to the reference, without one to the previous policy.
+
+    Without either it is the policy's own log-prob.
 
     Args:
-        inputs: arrays of the loss by name: `policy_logps`, perhaps `reference_logps`, `lengths`.
+        inputs: arrays of the loss by name: `policy_logps`, perhaps `reference_logps` or
+            `previous_logps`, `lengths`.
         scale: beta of the objective.
         per_token: divide by `lengths`, as SimPO's reward does.
     """
-    rewards = inputs["policy_logps"] - inputs.get("reference_logps", 0.0)
+    base = inputs.get("reference_logps", inputs.get("previous_logps", 0.0))
+    rewards = inputs["policy_logps"] - base
     return scale * (safe_divide(rewards, inputs["lengths"]) if per_token else rewards)
 
 
@@ -43,24 +47,33 @@ def best_and_worst(labels: Array, where: Array) -> tuple[Array, Array, Array]:
 
 
 def preference_metrics(
-    inputs: Mapping[str, Array], *, scale: float = 1.0, per_token: bool = False
+    inputs: Mapping[str, Array],
+    *,
+    scale: float = 1.0,
+    per_token: bool = False,
+    unpaired: bool = False,
 ) -> dict[str, Mean]:
     """Rewards, log-probs and lengths of the best and the worst candidate of each group.
 
     Groups with one candidate, or with equal labels, have no rejected one: only their best counts.
+    For `unpaired` objectives all candidates with a label above 0 are chosen, those with one below
+    rejected and the others left out; a reward is accurate if it has the sign of its label, and
+    there are no margins.
 
     Returns:
         `rewards/{chosen,rejected,margins,accuracies}`, `logps/{chosen,rejected}` in nats and
         `length/{chosen,rejected}` in tokens.
     """
     where, labels = inputs["where"], inputs["labels"]
+    rewards = implicit_rewards(inputs, scale, per_token=per_token)
+    if unpaired:
+        return _sign_metrics(inputs, rewards, masked(labels, where))
     best, worst, differ = best_and_worst(labels, where)
     some = jnp.any(where, -1)
 
     def pick(x: Array, index: Array) -> Array:
         return jnp.take_along_axis(masked(x, where), index[..., None], -1)[..., 0]
 
-    rewards = implicit_rewards(inputs, scale, per_token=per_token)
     chosen, rejected = pick(rewards, best), pick(rewards, worst)
     values = {
         "rewards/chosen": (chosen, some),
@@ -75,3 +88,14 @@ def preference_metrics(
     if where.shape[-1] == 1:  # supervised examples have no rejected candidate
         values = {name: v for name, v in values.items() if name.endswith("chosen")}
     return {name: Mean.over(value, valid) for name, (value, valid) in values.items()}
+
+
+def _sign_metrics(inputs: Mapping[str, Array], rewards: Array, labels: Array) -> dict[str, Mean]:
+    """Metrics of completions that are desirable or not; `labels` are 0 where there is none."""
+    kinds = {"rewards": rewards, "logps": inputs["policy_logps"], "length": inputs["lengths"]}
+    found = {}
+    for name, x in kinds.items():
+        found[f"{name}/chosen"] = Mean.over(x, labels > 0)
+        found[f"{name}/rejected"] = Mean.over(x, labels < 0)
+    right = accuracies(jnp.sign(labels) * rewards, 0.0)
+    return found | {"rewards/accuracies": Mean.over(right, labels != 0)}

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import Range, Real
+from paxo.losses.contract import Range, Real, reward_of
 from paxo.losses.table import ALIASES, LOSSES
 from paxo.numerics import Array, Mean
 
@@ -37,6 +37,7 @@ SUMMED = ("policy_logps", "lengths")
 TOKENWISE = ("policy_token_logps", "token_mask", "token_entropies", "token_collisions", "token_kls")
 FROM_BATCH = ("labels", "where")
 FROM_STEP = ("key", "state")
+HIDDEN_ROLE = "reference"  # whose next-token distributions `token_kls` are measured from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +77,9 @@ class Term:
         arrays = {name: known[name] for name in self.arrays if name in known}
         result = self.loss(**arrays, **self.hyper_parameters)
         result, state = result if self.stateful else (result, None)
-        return result if isinstance(result, Mean) else _mean_over_groups(
-            result, inputs["where"]
-        ), state
+        if isinstance(result, Mean):  # perhaps one of each group
+            return Mean(jnp.sum(result.total), jnp.sum(result.count)), state
+        return _mean_over_groups(result, inputs["where"]), state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +109,32 @@ class Objective:
     @property
     def roles(self) -> tuple[str, ...]:
         """Roles of the frozen policies whose summed log-probs must be attached to the batch."""
-        return tuple(
-            sorted({n.removesuffix("_logps") for n in self.arrays if _is_fixed(n, "_logps")})
-        )
+        return self._roles(required=True, suffixes=("_logps",))
 
     @property
     def token_roles(self) -> tuple[str, ...]:
         """Roles whose log-probs must be attached token by token."""
-        suffix = "_token_logps"
-        return tuple(sorted({n.removesuffix(suffix) for n in self.arrays if _is_fixed(n, suffix)}))
+        return self._roles(required=True, suffixes=("_token_logps",))
+
+    @property
+    def frozen_roles(self) -> tuple[str, ...]:
+        """Roles of all the frozen policies that the objective cannot do without."""
+        hidden = {role for role in (HIDDEN_ROLE,) if self.reads_hidden(role)}
+        return tuple(sorted({*self.roles, *self.token_roles, *hidden}))
+
+    @property
+    def optional_roles(self) -> tuple[str, ...]:
+        """Roles that it can do without, but reads where they are attached."""
+        named = self._roles(required=False, suffixes=("_logps", "_token_logps"))
+        return tuple(role for role in named if role not in self.frozen_roles)
+
+    def reads_tokens(self, role: str) -> bool:
+        """Whether it reads log-probs of this role token by token."""
+        return f"{role}_token_logps" in self.arrays
+
+    def reads_hidden(self, role: str) -> bool:
+        """Whether it reads divergences from this role's next-token distributions."""
+        return role == HIDDEN_ROLE and "token_kls" in self.arrays
 
     @property
     def whole_batch(self) -> bool:
@@ -130,6 +148,16 @@ class Objective:
         )
 
     @property
+    def unpaired(self) -> bool:
+        """Whether a loss reads the sign of the labels: +1 desirable, -1 undesirable."""
+        return any(getattr(term.loss, "unpaired", False) for term in self.terms)
+
+    @property
+    def mismatched(self) -> bool:
+        """Whether a loss wants in each group a completion of another prompt, with label 0."""
+        return any(getattr(term.loss, "mismatched", False) for term in self.terms)
+
+    @property
     def hyper_parameters(self) -> dict[str, Any]:
         """Of a single loss its own; of a sum `{loss.name: value}`, weights included."""
         if self._plain:
@@ -139,14 +167,15 @@ class Objective:
 
     @property
     def reward_scale(self) -> float:
-        """Factor of the implicit reward: beta of the first loss (or tau, if that is its name)."""
-        hyper = self.terms[0].hyper_parameters
-        return float(hyper.get("beta", hyper.get("tau", 1.0)))
+        """Factor of the first loss's implicit reward, such as DPO's beta (`contract.REWARDS`)."""
+        first = self.terms[0]
+        return reward_of(first.loss, first.hyper_parameters).scale_of(first.hyper_parameters)
 
     @property
     def reward_per_token(self) -> bool:
-        """Whether the implicit reward is a mean over tokens: without a reference, with lengths."""
-        return "lengths" in self.terms[0].arrays and not self.roles
+        """Whether the first loss's implicit reward is a mean over tokens, as SimPO's."""
+        first = self.terms[0]
+        return reward_of(first.loss, first.hyper_parameters).is_per_token(first.hyper_parameters)
 
     def init_state(self) -> tuple[Any, ...]:
         """The first memory of each term: `()` for the many that have none."""
@@ -197,6 +226,16 @@ class Objective:
                 f"objective {name!r} is read as losses with weights, such as 'dpo + 0.5 nll'"
             ) from None
         return weighted_sum(*((objective(loss), w) for w, (_, _, loss) in zip(weights, parts)))
+
+    def _roles(self, *, required: bool, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+        """Roles of the log-probs that are named, or of those without which it cannot do."""
+        found = {
+            name.removesuffix(suffix)
+            for name, needed in self.arrays.items()
+            for suffix in suffixes
+            if _is_fixed(name, suffix) and needed >= required
+        }
+        return tuple(sorted(found))
 
     @property
     def _plain(self) -> bool:

@@ -20,16 +20,18 @@ from paxo.data.batching import Batches, DataState
 from paxo.data.packing import group_sizes, packing_overhead
 from paxo.data.sources import load_records, open_source
 from paxo.data.tokenise import load_tokenizer, tokenise
+from paxo.data.unpaired import Mismatched
 from paxo.evaluation.estimates import Estimate
-from paxo.evaluation.heldout import nll_per_token, reward_accuracy
+from paxo.evaluation.heldout import nll_per_token, reward_accuracy, sign_accuracy
 from paxo.evaluation.report import print_table, write_results
-from paxo.experiment import Experiment, TrainSettings
+from paxo.experiment import Experiment, ReferenceSettings, TrainSettings
 from paxo.loading import (
     Model,
     batches,
     heldout_batches,
     load_data,
     load_model,
+    mismatch_of,
     row_shape,
     token_limits,
 )
@@ -37,7 +39,7 @@ from paxo.logp_store import LogpStore
 from paxo.models.heads import HEADS
 from paxo.models.pretrained import read_config, resolve_model
 from paxo.models.sharding import make_mesh, param_shardings
-from paxo.objectives import Objective
+from paxo.objectives import HIDDEN_ROLE, Objective
 from paxo.overrides import SettingsError
 from paxo.scoring import FixedScorer, StoredScorer, attach_logps, make_scorer
 from paxo.training.checkpoint import Checkpointer
@@ -63,32 +65,36 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     mesh = _mesh(settings)
     if settings.data.path is not None:
         open_source(settings.data.path)  # a wrong path shall not cost the loading of a model first
-    heads = [name for name in HEADS if name in settings.objective.arrays]
+    # Of the arrays that the objective may do without, only those that the settings ask for.
+    needed = [name for name in HEADS if settings.objective.arrays.get(name, False)]
+    heads = [*needed, *settings.model.heads]
     model = load_model(settings.model, mesh, settings.train.seed, heads)
-    data = load_data(settings.data, model)
+    data = load_data(settings.data, model, settings.objective)
     check_candidates(settings.objective, data.shape.candidates)
     artifacts.save_model_card(
         workdir, model.config, model.tokenizer, model.folder, data.heldout or data.groups
     )
     first = snapshot(model.params)
-    reference = (
-        _reference(settings, model, first, mesh, workdir) if settings.objective.roles else None
-    )
-    attach = functools.partial(_attached, settings.objective, reference) if reference else None
+    scorers = _scorers(settings, model, first, mesh, workdir)
+    attach = functools.partial(_attached, settings.objective, scorers) if scorers else None
+    # Rewards are read from sums alone.
+    attach_sums = functools.partial(_attached, None, scorers)
 
     pairs = any(len(group.labels) > 1 for group in data.heldout)
-    figure = "heldout_accuracy" if pairs else "heldout_nll"
+    signs = settings.objective.unpaired and not pairs
+    figure = "heldout_accuracy" if pairs or signs else "heldout_nll"
 
     def measure(params: Params) -> Estimate | None:
         if not data.heldout:
             return None
         scorer = make_scorer(model.policy, params, mesh=mesh)
         rows = heldout_batches(data, settings.train.rows_per_batch)
-        if not pairs:
+        if not pairs and not signs:
             return nll_per_token(scorer, rows)
-        return reward_accuracy(
+        accuracy = sign_accuracy if signs else reward_accuracy
+        return accuracy(
             scorer,
-            rows if attach is None else map(attach, rows),
+            map(attach_sums, rows),
             scale=settings.objective.reward_scale,
             per_token=settings.objective.reward_per_token,
         )
@@ -97,7 +103,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
     def evaluate(state: TrainState) -> dict[str, float]:
         found = measured[int(state.step)] = measure(state.params)
-        name = "eval/rewards/accuracies" if pairs else "eval/loss"
+        name = "eval/loss" if figure == "heldout_nll" else "eval/rewards/accuracies"
         return {} if found is None else {name: found.value}
 
     before = measure(first)
@@ -112,6 +118,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         workdir,
         attach=attach,
         evaluate=evaluate,
+        frozen=_frozen(settings.objective, scorers),
     )
     if int(state.step) not in measured:  # a finished run was started again
         evaluate(state)
@@ -152,6 +159,7 @@ def train(
     attach: Attach | None = None,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     name: str = "train",
+    frozen: Params | None = None,
 ) -> TrainState:
     """One training run from `params`, or from the newest checkpoint in `workdir`.
 
@@ -167,6 +175,7 @@ def train(
         attach: adds log-probs of frozen policies to a batch.
         evaluate: measures a state.
         name: what the progress bar says.
+        frozen: parameters that take part but are not trained; copied too.
 
     Returns:
         The state after the last step.
@@ -174,7 +183,9 @@ def train(
     transformation = optimizer.build(settings.num_steps)
     make = functools.partial(init_state, objective=objective, optimizer=transformation)
     key = jax.random.key(settings.seed)
-    abstract = jax.eval_shape(lambda p, k: make(p, key=k), params, key)
+    frozen = {} if frozen is None else frozen
+    begin = lambda params, key, frozen: make(params, key=key, frozen=frozen)  # noqa: E731
+    abstract = jax.eval_shape(begin, params, key, frozen)
     placed = param_shardings(policy.logical_axes, abstract.params, mesh)
     shardings = state_shardings(abstract, placed, transformation)
     body = make_train_step(policy, objective, transformation, microbatches=settings.microbatches)
@@ -189,9 +200,7 @@ def train(
         )
         restored = checkpointer.restore_latest(wanted)
         if restored is None:
-            state = jax.jit(lambda p, k: make(p, key=k), out_shardings=shardings)(
-                snapshot(params), key
-            )
+            state = jax.jit(begin, out_shardings=shardings)(snapshot(params), key, snapshot(frozen))
         else:
             state, position, _ = restored
             batches.restore(DataState.from_dict(position))
@@ -223,10 +232,11 @@ def check_candidates(objective: Objective, candidates: int) -> None:
     """
     one = jax.ShapeDtypeStruct((1, candidates), jax.numpy.float32)
     for term in objective.terms:
-        summed = all(n.endswith(("_logps", "lengths", "labels", "where")) for n in term.arrays)
-        if not summed or any("token" in name for name in term.arrays):
+        names = [name for name, required in term.arrays.items() if required]
+        summed = all(name.endswith(("_logps", "lengths", "labels")) for name in names)
+        if not summed or any("token" in name for name in names):
             continue  # its other arrays have shapes that only a batch tells
-        given = dict.fromkeys(term.arrays, one) | {"where": one.update(dtype=bool)}
+        given = dict.fromkeys(names, one) | {"where": one.update(dtype=bool)}
         try:
             jax.eval_shape(lambda arrays, term=term: term(arrays)[0], given)
         except AssertionError as error:
@@ -267,8 +277,12 @@ def inspect(settings: Experiment, num: int, records: Callable[[Experiment], Any]
             limit=settings.data.max_records,
         )
     tokenised = tokenise(read, tokenizer, token_limits(settings.data, config), on_error="skip")
-    shape = row_shape(tokenised.groups, settings.data, config)
-    overhead = packing_overhead(group_sizes(tokenised.groups), shape, settings.data.window)
+    mismatch = mismatch_of(settings.objective, settings.data, config)
+    shape = row_shape(tokenised.groups, settings.data, config, mismatch)
+    sizes = group_sizes(tokenised.groups)
+    if mismatch is not None:
+        sizes = sizes.plus(Mismatched(tokenised.groups, mismatch, seed=0).epoch(0).added)
+    overhead = packing_overhead(sizes, shape, settings.data.window)
     report = inspect_lib.inspect(
         read, tokenised, tokenizer, skipped=skipped, padding_share=1 - 1 / overhead.positions
     )
@@ -287,35 +301,95 @@ def _mesh(settings: Experiment) -> Mesh:
     return mesh
 
 
-def _reference(
+def _scorers(
     settings: Experiment, model: Model, first: Params, mesh: Mesh, workdir: pathlib.Path
-) -> FixedScorer | StoredScorer:
-    """The scorer of the role "reference"."""
-    unknown = set(settings.objective.roles) - {"reference"}
+) -> dict[str, FixedScorer | StoredScorer]:
+    """Role -> the scorer of its frozen policy, for all roles that are attached to batches."""
+    objective = settings.objective
+    given = {"reference": settings.reference, "previous": settings.previous}
+    unknown = sorted(set(objective.frozen_roles) - set(given))
     if unknown:
         raise SettingsError(
-            f"objective {settings.objective.name!r} needs the roles {sorted(unknown)}: a file with "
-            "such policies defines run(settings, workdir) and attaches them itself"
+            f"objective {objective.name!r} needs the roles {unknown}, but settings give "
+            f"{', '.join(given)} only: a file with such policies defines run(settings, workdir) "
+            "and attaches them itself"
         )
-    if settings.reference.path is not None:
-        other = dataclasses.replace(settings.model, path=settings.reference.path)
-        reference = load_model(other, mesh)
-        scorer = make_scorer(reference.policy, reference.params, mesh=mesh)
-        config = reference.config
+    asked = {role for role in objective.optional_roles if role in given and given[role].attach}
+    for role in sorted({*objective.optional_roles} - asked):
+        logger.info(
+            "objective %r goes without role %r, which is optional; %s.attach=True gives it",
+            objective.name,
+            role,
+            role,
+        )
+    made: dict[tuple, FixedScorer | StoredScorer] = {}
+    scorers = {}
+    for role, chosen in given.items():
+        if role not in objective.frozen_roles and role not in asked:
+            continue
+        same = chosen.path, chosen.store
+        if role == "previous" and chosen.path is None:
+            logger.info("role 'previous' is the policy that training starts from")
+        if same not in made:
+            if chosen.store in {store for _, store in made} - {None, "off"}:
+                raise SettingsError(
+                    f"{role}.store={chosen.store} is that of another policy, but a store is "
+                    "written by one: name another folder"
+                )
+            # A store is written by one scorer: those of other policies have folders of their own.
+            folder = workdir / "logps" / ("" if not made else role)
+            made[same] = _scorer(settings, chosen, model, first, mesh, folder)
+        scorers[role] = made[same]
+    return scorers
+
+
+def _scorer(
+    settings: Experiment,
+    chosen: ReferenceSettings,
+    model: Model,
+    first: Params,
+    mesh: Mesh,
+    folder: pathlib.Path,
+) -> FixedScorer | StoredScorer:
+    """The scorer of one frozen policy, with its log-probs kept in `folder` or another."""
+    if chosen.path is not None:
+        other = load_model(dataclasses.replace(settings.model, path=chosen.path), mesh)
+        scorer = make_scorer(other.policy, other.params, mesh=mesh)
+        config = other.config
     else:
         scorer, config = make_scorer(model.policy, first, mesh=mesh), model.config
-    if settings.reference.store == "off":
+    if chosen.store == "off":
         return scorer
     # All that the values depend on besides the token ids.
     fingerprint = (
         f"{scorer.fingerprint()} {model.tokenizer.fingerprint()} {config.compute_dtype} {config}"
     )
-    folder = settings.reference.store or workdir / "logps"
-    return StoredScorer(scorer, LogpStore(folder, fingerprint, process=jax.process_index()))
+    store = LogpStore(chosen.store or folder, fingerprint, process=jax.process_index())
+    return StoredScorer(scorer, store)
 
 
-def _attached(objective: Objective, scorer: Any, batch: PreferenceBatch) -> PreferenceBatch:
-    return attach_logps(batch, "reference", scorer, tokens="reference" in objective.token_roles)
+def _attached(
+    objective: Objective | None, scorers: dict[str, Any], batch: PreferenceBatch
+) -> PreferenceBatch:
+    """The batch with what the objective reads of each role; with None only the sums."""
+    for role, scorer in scorers.items():
+        tokens = objective is not None and objective.reads_tokens(role)
+        hidden = objective is not None and objective.reads_hidden(role)
+        batch = attach_logps(batch, role, scorer, tokens=tokens, hidden=hidden)
+    return batch
+
+
+def _frozen(objective: Objective, scorers: dict[str, Any]) -> Params:
+    """What the step keeps of frozen policies: the head that makes distributions of hidden states.
+
+    The hidden states themselves are a thousand times larger than log-probs and stored nowhere: the
+    frozen policy's trunk runs in every step.
+    """
+    if not objective.reads_hidden(HIDDEN_ROLE) or HIDDEN_ROLE not in scorers:
+        return {}
+    scorer = scorers[HIDDEN_ROLE]
+    fixed = scorer.scorer if isinstance(scorer, StoredScorer) else scorer
+    return {"reference_head": fixed.policy.unembed(fixed.params)}
 
 
 def _print_heldout(figure: str, before: Estimate, after: Estimate) -> None:

@@ -24,6 +24,10 @@ from paxo.logp_store import LogpStore
 from paxo.numerics import at_least_float32
 from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
 
+# Heads that are read once a candidate, once a group, or at each scored token itself; all others are
+# read where the scored tokens are predicted.
+AT_CANDIDATES, AT_GROUPS, AT_TOKENS = ("scores", "embeddings"), ("degree_logits",), ("step_scores",)
+
 ROWS = PartitionSpec(("data", "fsdp"))
 
 # Logits held at a time: at least so many tokens, which keeps the products efficient, and no more
@@ -121,19 +125,28 @@ def head_outputs(
         hidden: `[R, L, D]` from `all_hidden`.
 
     Returns:
-        "scores" `[R, G, K]`, read at each candidate's last token; the others `[R, G, K, T]`, read
-        where the tokens are predicted.
+        "scores" `[R, G, K]` and "embeddings" `[R, G, K, N]`, read at each candidate's last token;
+        "degree_logits" `[R, G, N]` at that of a group's last candidate; "step_scores"
+        `[R, G, K, T]` at each scored token; the others `[R, G, K, T]` where those are predicted.
     """
     out = {}
     for name in names:
-        if name == "scores":
-            last = _last_tokens(batch).reshape(len(batch.tokens), -1)
-            states = jnp.take_along_axis(hidden, last[..., None], axis=1)
-            out[name] = policy.heads[name](params, states).reshape(batch.where.shape)
+        head = functools.partial(policy.heads[name], params)
+        if name in AT_CANDIDATES:
+            out[name] = head(_states_at(_last_tokens(batch), hidden))
+        elif name in AT_GROUPS:
+            out[name] = head(_states_at(jnp.max(_last_tokens(batch), -1), hidden))
+        elif name in AT_TOKENS:
+            out[name] = by_candidate(head(_states_at(_own_tokens(batch), hidden)), batch)
         else:
-            states = predicting(hidden, batch)
-            out[name] = by_candidate(policy.heads[name](params, states), batch)
+            out[name] = by_candidate(head(predicting(hidden, batch)), batch)
     return out
+
+
+def _states_at(index: Array, hidden: Array) -> Array:
+    """`[R, ...]` indices in the row, `[R, L, D]` -> `[R, ..., D]`."""
+    flat = jnp.take_along_axis(hidden, index.reshape(len(index), -1, 1), axis=1)
+    return flat.reshape(*index.shape, -1)
 
 
 def slot_sums(values: Array, batch: PreferenceBatch) -> Array:
@@ -175,7 +188,14 @@ def default_chunk(rows: int, vocabulary: int) -> int:
 def place_rows(batch: PreferenceBatch, mesh: Mesh) -> PreferenceBatch:
     """A batch on the devices of a mesh; each process gives the rows that are its own."""
     sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def place(x: Array | np.ndarray) -> Array:
+        # What a scorer on this mesh has computed lies there already.
+        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+            return x
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(place, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +342,8 @@ def attach_logps(
         role: "reference", "previous", ... as the losses name it (`<role>_logps`).
         scorer: the frozen policy's.
         tokens: also attach log-probs token by token.
-        hidden: also attach the hidden states that predict the scored tokens.
+        hidden: also attach the hidden states that predict the scored tokens. They are computed
+            for every batch, whatever the scorer stores.
     """
     batch = batch.replace(fixed_logps={**batch.fixed_logps, role: scorer(batch)})
     if tokens:
@@ -387,6 +408,17 @@ def _last_tokens(batch: PreferenceBatch) -> Array:
     slot = jnp.where(batch.branch == 0, -1, slot)
     mine = slot[:, :, None] == jnp.arange(groups * candidates)
     return jnp.max(jnp.where(mine, index[:, None], 0), axis=1).reshape(batch.where.shape)
+
+
+def _own_tokens(batch: PreferenceBatch) -> Array:
+    """`[R, S]` index in the row of each scored token; any index on padding."""
+    # A token of a completion predicts the next, so the next slot's `score_from` is where it lies.
+    following = jnp.roll(batch.score_from, -1, axis=1)
+    continues = batch.score_slot == jnp.pad(batch.score_slot, ((0, 0), (0, 1)), mode="edge")[:, 1:]
+    last_slot = jnp.arange(batch.score_slot.shape[1]) == batch.score_slot.shape[1] - 1
+    ends = jnp.pad(_last_tokens(batch).reshape(len(batch.tokens), -1), ((0, 0), (0, 1)))
+    end = jnp.take_along_axis(ends, batch.score_slot, axis=1)
+    return jnp.where(continues & ~last_slot, following, end)
 
 
 def _num_slots(batch: PreferenceBatch) -> int:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import dpo_step
+from benchmarks import dpo_step, losses
 from tests.made_run import PROJECT
 
 
@@ -41,3 +41,25 @@ def test_without_a_bench_folder_one_line_says_so(tmp_path):
     assert (
         finished.stderr == f"{tmp_path}: no common.py there; set PAXO_BENCH to the bench folder\n"
     )
+
+
+@pytest.mark.slow
+def test_a_loss_on_pairs_costs_at_most_four_times_dpo():
+    ratios = {name: losses.times_dpo(name, laps=30) for name in losses.pairwise_names()}
+    assert len(ratios) > 40
+    assert {name: ratio for name, ratio in ratios.items() if ratio > losses.LIMIT} == {}
+
+
+@pytest.mark.slow
+def test_lists_grow_with_the_square_of_their_length_at_most():
+    growth = {
+        name: losses.operations(name, 32) / losses.operations(name, 16) for name in losses.LISTS
+    }
+    steep = {name for name, factor in growth.items() if factor > 4.5}
+    assert steep == losses.CUBIC  # a sorting network has K layers
+    assert growth["diff_ndcg"] < 9
+
+
+def test_a_loss_is_timed_in_turns_with_dpo():
+    assert 0.3 < losses.times_dpo("dpo", laps=5, calls=3) < 3
+    assert losses.times_dpo("semantic", laps=5, calls=3) > 1.2

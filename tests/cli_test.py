@@ -166,6 +166,21 @@ def test_the_package_logs_facts_and_other_libraries_only_warnings(capsys):
     assert lines[0].endswith("INFO restored step 3")
 
 
+def test_methods_are_compared_with_those_of_other_libraries(capsys):
+    assert cli.main(["methods", "--compare"]) == 0
+    every = capsys.readouterr().out
+    assert "rso_hinge" in every
+    assert "HALOs" in every
+    assert cli.main(["methods", "--compare", "trl", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["peer"] for row in rows} == {"TRL"}
+    assert {"name": "rso_hinge", "equal": True}.items() <= rows[
+        [row["name"] for row in rows].index("rso_hinge")
+    ].items()
+    assert cli.main(["methods", "--compare", "torchtune"]) == 2
+    assert "expected one of EasyDeL, HALOs, TRL" in capsys.readouterr().err
+
+
 def test_methods_lists_every_objective_with_its_hyper_parameters(capsys):
     from paxo.objectives import LOSSES
 

@@ -92,3 +92,21 @@ def test_many_candidates_compare_the_best_with_the_worst():
     }
     found = preference_metrics(inputs)
     assert float(found["rewards/margins"].value) == pytest.approx(-2.0 + 4.0)
+
+
+def test_unpaired_objectives_report_by_the_sign_of_the_label_and_leave_mismatched_out():
+    inputs = {
+        "policy_logps": jnp.array([[-4.0, -9.0], [-6.0, -9.0], [-3.0, jnp.nan]]),
+        "reference_logps": jnp.array([[-5.0, -1.0], [-4.0, -1.0], [-3.5, jnp.nan]]),
+        "lengths": jnp.array([[2.0, 7.0], [4.0, 7.0], [6.0, 0.0]]),
+        "labels": jnp.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, jnp.nan]]),
+        "where": jnp.array([[True, True], [True, True], [True, False]]),
+    }
+    found = preference_metrics(inputs, scale=2.0, unpaired=True)
+    values = {name: (float(mean.value), float(mean.count)) for name, mean in found.items()}
+    assert values == {
+        "rewards/chosen": (2.0, 1), "rewards/rejected": (-1.5, 2),
+        "logps/chosen": (-4.0, 1), "logps/rejected": (-4.5, 2),
+        "length/chosen": (2.0, 1), "length/rejected": (5.0, 2),
+        "rewards/accuracies": (pytest.approx(2 / 3), 3),
+    }  # fmt: skip

@@ -198,7 +198,7 @@ def test_own_loss_outside_the_table_takes_changed_fields():
 # Those whose source is code: rax's ranking losses, a note, a repository.
 WITHOUT_PAPER = {
     *("unique_softmax", "pairwise_mse", "pairwise_quantile", "pairwise_soft01", "approx_ndcg"),
-    *("cdpo", "cpo_simpo"),
+    *("cdpo", "cpo_simpo", "gumbel"),
 }
 
 
@@ -210,3 +210,12 @@ def test_method_table_has_a_row_with_paper_and_inputs_for_every_loss():
     assert rows["cdpo"]["paper"] == "https://ericmitchell.ai/cdpo.pdf"
     assert rows["dpo"]["inputs"] == ["policy_logps", "reference_logps"]
     assert rows["simpo"]["hyper_parameters"]["beta"] == 2.0
+
+
+def test_totals_and_counts_of_groups_are_added_up():
+    def by_group(policy_logps, *, where=None):
+        return Mean(jnp.sum(policy_logps * where, -1), jnp.sum(where, -1, dtype=jnp.float32))
+
+    mean, _ = Term("by_group", by_group, {})(INPUTS)
+    assert (mean.total.shape, mean.count.shape) == ((), ())
+    assert (float(mean.total), float(mean.count)) == (-22.0, 4.0)

@@ -31,6 +31,7 @@ import numpy as np
 from paxo.data.packing import (
     Rows,
     RowShape,
+    Sizes,
     check_fits,
     fill_rows,
     group_index,
@@ -40,6 +41,7 @@ from paxo.data.packing import (
     split_windows,
 )
 from paxo.data.records import TokenGroup
+from paxo.data.unpaired import Mismatch, Mismatched
 from paxo.types import PreferenceBatch
 
 NAMED_SOURCES = 8  # records that `Batches.identity` names
@@ -98,11 +100,22 @@ class Windows:
     """The windows of all epochs, numbered through: a pure function of the number."""
 
     def __init__(
-        self, groups: Sequence[TokenGroup], shape: RowShape, window: int, seed: int, shuffle: bool
+        self,
+        groups: Sequence[TokenGroup],
+        shape: RowShape,
+        window: int,
+        seed: int,
+        shuffle: bool,
+        mismatch: Mismatch | None = None,
     ):
-        self.groups, self.shape, self.seed, self.shuffle = groups, shape, seed, shuffle
-        self.sizes = group_sizes(groups)
-        check_fits(groups, self.sizes, shape)
+        self.shape, self.seed, self.shuffle = shape, seed, shuffle
+        self._sizes = sizes = group_sizes(groups)
+        self._mismatched = None if mismatch is None else Mismatched(groups, mismatch, seed)
+        if self._mismatched is None:
+            check_fits(groups, sizes, shape)
+        else:
+            check_fits(groups, sizes.plus(self._mismatched.most), shape, further=1)
+        self._latest = (-1, groups, sizes)  # an epoch, its groups and their sizes
         self._parts = split_windows(len(groups), window)
         self._order = (-1, np.arange(len(groups)))  # an epoch and the order of its groups
 
@@ -115,7 +128,7 @@ class Windows:
         """The rows of a window, not yet filled."""
         epoch, window = divmod(number, self.per_epoch)
         members = self._shuffled(epoch)[self._parts[window]]
-        rows = pack_rows(*self.sizes.take(members), self.shape)
+        rows = pack_rows(*self._groups(epoch)[1].take(members), self.shape)
         if self.shuffle:
             # Packing opens rows for the largest groups first: batches would go from large to small.
             order = np.random.default_rng((self.seed, epoch, window + 1)).permutation(len(rows))
@@ -125,13 +138,26 @@ class Windows:
     def __call__(self, number: int) -> Window:
         """The window, packed and filled."""
         rows = self.rows(number)
-        return Window(rows, fill_rows(self.groups, rows, self.shape))
+        return Window(rows, self.filled(number // self.per_epoch, rows))
+
+    def filled(self, epoch: int, rows: Rows) -> PreferenceBatch:
+        """Rows of an epoch, filled."""
+        return fill_rows(self._groups(epoch)[0], rows, self.shape)
+
+    def _groups(self, epoch: int) -> tuple[Sequence[TokenGroup], Sizes]:
+        """The groups of an epoch, with their mismatched completions if there are to be any."""
+        known, groups, sizes = self._latest  # read once: another thread may be in another epoch
+        if self._mismatched is not None and known != epoch:
+            groups = self._mismatched.epoch(epoch)
+            sizes = self._sizes.plus(groups.added)
+            self._latest = (epoch, groups, sizes)
+        return groups, sizes
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         known, order = self._order  # read once: another thread may be in another epoch
         if self.shuffle and known != epoch:
             # NumPy takes (seed, epoch, 0) for the same seed: those of the rows end in 1 or more.
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.groups))
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(order))
             self._order = (epoch, order)
         return order
 
@@ -161,6 +187,7 @@ class Batches:
         process_index: int = 0,
         process_count: int = 1,
         prefetch: int = 2,
+        mismatch: Mismatch | None = None,
     ):
         """Checks everything that can be checked before the first batch.
 
@@ -175,11 +202,12 @@ class Batches:
             process_index: this process takes rows `[p * R / n, (p + 1) * R / n)` of each batch.
             process_count: n; it divides `rows_per_batch`.
             prefetch: windows packed ahead; 0 packs where `next` is called.
+            mismatch: give each group a mismatched completion, another one each epoch.
         """
         self._own = _own_rows(rows_per_batch, process_index, process_count)
         self.groups, self.shape = groups, shape
         self._rows_per_batch, self._prefetch = rows_per_batch, prefetch
-        self._windows = Windows(groups, shape, window, seed, shuffle)
+        self._windows = Windows(groups, shape, window, seed, shuffle, mismatch)
         self._source: Iterator[Window] | None = None
         self._identity, self.last_rows = "no batch yet", []
         self.restore(state or DataState(seed))
@@ -280,8 +308,11 @@ def epoch_batches(
     window: int = 256,
     process_index: int = 0,
     process_count: int = 1,
+    mismatch: Mismatch | None = None,
 ) -> Iterator[tuple[PreferenceBatch, np.ndarray]]:
     """One pass without shuffle, for evaluation and scoring; empty rows fill up the last batch.
+
+    Mismatched completions, if they are asked for, are always those of epoch 0 of seed 0.
 
     Returns:
         An iterator over (this process's rows of a batch, `[R, G]` the number of the group at each
@@ -289,12 +320,12 @@ def epoch_batches(
         results into the order of the groups.
     """
     own = _own_rows(rows_per_batch, process_index, process_count)
-    windows = Windows(groups, shape, window, seed=0, shuffle=False)
+    windows = Windows(groups, shape, window, seed=0, shuffle=False, mismatch=mismatch)
     rows = [row for number in range(windows.per_epoch) for row in windows.rows(number)]
 
     def batch_at(start: int) -> tuple[PreferenceBatch, np.ndarray]:
         mine = rows[start : start + rows_per_batch][own]
-        batch = pad_rows(fill_rows(groups, mine, shape), own.stop - own.start)
+        batch = pad_rows(windows.filled(0, mine), own.stop - own.start)
         return batch, group_index(mine, shape, own.stop - own.start)
 
     return map(batch_at, range(0, len(rows), rows_per_batch))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from paxo.data.records import ROLES, Message, Record, RecordError, Text, plain_text
+from paxo.data.records import ROLES, Extra, Message, Record, RecordError, Text, plain_text
 
 OPTIONAL_EXTRAS = ("margin", "score_chosen", "score_rejected")
 # These change what the prompt is: ignoring them would quietly train on another task.
@@ -44,6 +44,8 @@ def parse_record(
         row: one row of a source.
         source: where it stands, for error messages: `"pairs.jsonl:17"`.
         extras: further numeric columns to keep: a number, or a list with one for each completion.
+            Other shapes are told by `EXTRA_AXES` after the name: "advantages:KT" is a list for each
+            completion with a number for each scored token, its EOS included.
         index: number of the row in its source.
 
     Raises:
@@ -72,7 +74,8 @@ def parse_record(
             )
     reader = _reader(row, source)
     prompt, completions, labels = reader(row, source)
-    wanted = (*extras, *(n for n in OPTIONAL_EXTRAS if n in row and n not in extras))
+    asked = {name.partition(":")[0] for name in extras}
+    wanted = (*extras, *(n for n in OPTIONAL_EXTRAS if n in row and n not in asked))
     kept = {name: _extra(row, name, source, len(completions)) for name in wanted}
     return Record(prompt, completions, labels, kept, source, index)
 
@@ -308,22 +311,47 @@ def _number(value: Any, source: str, field: str) -> float:
     return float(value)
 
 
-def _numbers(value: Any, source: str, field: str, count: int) -> tuple[float, ...]:
+def _numbers(value: Any, source: str, field: str, count: int | None) -> tuple[float, ...]:
+    """Numbers of a list, `count` of them unless that is None."""
     if not isinstance(value, (list, tuple)):
         raise _error(source, field, "a list of numbers", _short(value), reason="wrong type")
-    if len(value) != count:
+    if count is not None and len(value) != count:
         expected, got = f"{count} values, one for each completion", f"{len(value)}"
         raise _error(source, field, expected, got, reason="labels and completions differ in number")
     return tuple(_number(x, source, f"{field}[{i}]") for i, x in enumerate(value))
 
 
-def _extra(row: Mapping, name: str, source: str, count: int) -> np.ndarray:
-    if name not in row:
-        raise _missing(row, source, name)
-    value = row[name]
-    if isinstance(value, (list, tuple)):
-        return np.array(_numbers(value, source, name, count), np.float32)
-    return np.array(_number(value, source, name), np.float32)
+def _extra(row: Mapping, name: str, source: str, count: int) -> Extra:
+    column, _, axes = name.partition(":")
+    if column not in row:
+        raise _missing(row, source, column)
+    value = row[column]
+    is_list = isinstance(value, (list, tuple))
+    if not axes:
+        if is_list and any(isinstance(part, (list, tuple)) for part in value):
+            raise RecordError(
+                source,
+                column,
+                expected="a number, or a list with one for each completion",
+                got=_short(value),
+                way_out=f"tell the axes of nested lists in data.extras: '{column}:KT' for a number "
+                "for each scored token, KK for pairs of completions, KD for vectors",
+                reason=f"nested lists in column {column}",
+            )
+        if not is_list:
+            return np.array(_number(value, source, column), np.float32)
+        return np.array(_numbers(value, source, column, count), np.float32)
+    if axes in ("K", "D"):
+        return np.array(_numbers(value, source, column, None if axes == "D" else count), np.float32)
+    if not is_list or len(value) != count:
+        expected = f"{count} lists, one for each completion"
+        raise _error(source, column, expected, _short(value), reason=f"wrong shape of {column}")
+    wanted = {"KK": count, "KD": len(value[0]) if isinstance(value[0], (list, tuple)) else 0}
+    parts = tuple(
+        np.array(_numbers(part, source, f"{column}[{k}]", wanted.get(axes)), np.float32)
+        for k, part in enumerate(value)
+    )
+    return parts if axes == "KT" else np.stack(parts)
 
 
 def _short(value: Any) -> str:

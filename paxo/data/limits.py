@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from paxo.data.records import RecordError, TokenGroup, check_choice
+from paxo.data.records import RecordError, TokenGroup, check_choice, extra_axes
 
 POLICIES = {
     "long_prompt": ("error", "drop", "keep_end"),
@@ -132,6 +132,12 @@ def _cut_completions(group: TokenGroup, limits: TokenLimits, length: int, limit:
             done and len(completion) <= length
             for done, completion in zip(group.finished, group.completions)
         ),
+        extras={
+            name: tuple(numbers[:length] for numbers in value)
+            if extra_axes(name, value)[1] == "KT"
+            else value
+            for name, value in group.extras.items()
+        },
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from paxo.data.records import DataError, TokenGroup
+from paxo.data.records import DataError, Extra, TokenGroup, extra_axes
 from paxo.data.row_shape import (
     Overhead,
     Rows,
@@ -83,16 +83,17 @@ def fill_rows(groups: Sequence[TokenGroup], rows: Rows, shape: RowShape) -> Pref
     """The packed batch, of NumPy arrays.
 
     Args:
-        groups: all with the same extras, each a scalar, `[k]` or `[k, k]` for k candidates.
+        groups: all with the same extras, see `Record`.
         rows: for each row the numbers of its groups, as `pack_rows` gives them.
-        shape: shape of a row; extras are padded with 0 to `[K]` and `[K, K]`.
+        shape: shape of a row; extras are padded with 0 to its candidates and tokens.
     """
-    batch = _empty_rows(len(rows), shape, groups[0].extras)
+    first = groups[0].extras
+    batch, names = _empty_rows(len(rows), shape, first), tuple(first)
     for row, members in enumerate(rows):
         at, slot = 0, 0  # the next free token and slot
         for g, index in enumerate(members):
             at, slot = _fill_group(batch, row, g, at, slot, groups[index])
-            _fill_extras(batch.extras, row, g, groups[index])
+            _fill_extras(batch.extras, names, row, g, groups[index])
     return batch
 
 
@@ -147,7 +148,7 @@ def padding_share(batch: PreferenceBatch) -> Any:
     return (batch.group == 0).mean()
 
 
-def _empty_rows(num_rows: int, shape: RowShape, extras: Mapping[str, Any]) -> PreferenceBatch:
+def _empty_rows(num_rows: int, shape: RowShape, extras: Mapping[str, Extra]) -> PreferenceBatch:
     """Rows of padding, to be filled in place."""
 
     def ints(size: int, fill: int = 0) -> np.ndarray:
@@ -165,7 +166,7 @@ def _empty_rows(num_rows: int, shape: RowShape, extras: Mapping[str, Any]) -> Pr
         labels=np.zeros((*places, shape.candidates), np.float32),
         where=np.zeros((*places, shape.candidates), bool),
         extras={
-            name: np.zeros((*places, *(shape.candidates,) * np.ndim(value)), np.float32)
+            extra_axes(name, value)[0]: np.zeros((*places, *_extra_shape(name, value, shape)), "f4")
             for name, value in extras.items()
         },
         max_completion=shape.max_completion,
@@ -199,18 +200,46 @@ def _fill_group(
     return start, slot
 
 
-def _fill_extras(arrays: Mapping[str, np.ndarray], row: int, g: int, group: TokenGroup) -> None:
-    if group.extras.keys() != arrays.keys():
+def _extra_shape(name: str, value: Extra, shape: RowShape) -> tuple[int, ...]:
+    """Of an extra of one group, padded."""
+    sizes = {"K": shape.candidates, "T": shape.max_completion}
+    axes = extra_axes(name, value)[1]
+    return tuple(sizes[axis] if axis in sizes else np.shape(value)[-1] for axis in axes)
+
+
+def _fill_extras(
+    arrays: Mapping[str, np.ndarray], names: Sequence[str], row: int, g: int, group: TokenGroup
+) -> None:
+    if group.extras.keys() != set(names):
         raise DataError(
             f"{group.source}: the record has the extras {sorted(group.extras)}, others of the set "
-            f"have {sorted(arrays)}: give them to every record or to none"
+            f"have {sorted(names)}: give them to every record or to none"
         )
-    size = len(group.completions)
-    for name, array in arrays.items():
-        value, ndim = group.extras[name], array.ndim - 2
-        if np.shape(value) != (size,) * ndim:
+    for name in names:
+        value = group.extras[name]
+        column, axes = extra_axes(name, value)
+        array = arrays[column][row, g, ...]
+        if axes == "KT":
+            _fill_tokens(array, name, group)
+            continue
+        sizes = {"K": len(group.completions), "D": array.shape[-1] if array.ndim else 0}
+        expected = tuple(sizes[axis] for axis in axes)
+        if np.shape(value) != expected or array.ndim != len(axes):
             raise DataError(
                 f"{group.source}: extra {name!r} has shape {np.shape(value)}, expected "
-                f"{(size,) * ndim} for {size} candidates, as in the other records"
+                f"{expected} for {sizes['K']} candidates, as in the other records"
             )
-        array[(row, g, *(slice(size),) * ndim)] = value
+        array[tuple(slice(size) for size in expected)] = value
+
+
+def _fill_tokens(array: np.ndarray, name: str, group: TokenGroup) -> None:
+    """Writes numbers of scored tokens into `[K, T]`."""
+    lengths = [len(completion) for completion in group.completions]
+    found = [len(numbers) for numbers in group.extras[name]]
+    if found != lengths:
+        raise DataError(
+            f"{group.source}: extra {name!r} has {found} numbers for candidates of {lengths} "
+            "scored tokens: give one for each, the EOS included"
+        )
+    for k, numbers in enumerate(group.extras[name]):
+        array[k, : len(numbers)] = numbers

@@ -54,8 +54,28 @@ class Message:
     content: str
 
 
+EXTRA_AXES = ("K", "KK", "KT", "KD", "D")
+"""Axes that the name of an extra may tell, as in "advantages:KT": K candidates, T scored tokens of
+each, D any fixed number."""
+
 Text = str | tuple[Message, ...] | tuple[int, ...]
 """A string, the messages of a conversation, or token ids."""
+
+
+Extra = np.ndarray | tuple[np.ndarray, ...]
+"""A value that a loss may name: an array, or one array for each candidate with a number a token."""
+
+
+def extra_axes(name: str, value: Extra) -> tuple[str, str]:
+    """The name without its axes, and the axes.
+
+    >>> extra_axes("advantages:KT", (np.zeros(3), np.zeros(5))), extra_axes("rewards", np.zeros(2))
+    (('advantages', 'KT'), ('rewards', 'K'))
+    """
+    plain, told, axes = name.partition(":")
+    if told:
+        return plain, axes
+    return plain, "KT" if isinstance(value, tuple) else "K" * np.ndim(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +87,8 @@ class Record:
         completions: K candidates, each of the prompt's kind.
         labels: K grades, larger is better: (1, 0) for a pair, the scores of a list, +1 or -1 for an
             unpaired completion that was liked or not, 1 for a demonstration.
-        extras: name -> float32 array, a scalar or `[K]`.
+        extras: name -> float32 array, a scalar, `[K]` or `[K, K]`; other axes are told by the name:
+            "x:D" `[D]`, "x:KD" `[K, D]`, and "x:KT" K arrays, a number for each scored token.
         source: file and line, such as `"pairs.jsonl:17"`.
         index: number of the row in its source from 0, skipped ones counted; None if made by hand.
     """
@@ -75,7 +96,7 @@ class Record:
     prompt: Text
     completions: tuple[Text, ...]
     labels: tuple[float, ...]
-    extras: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    extras: Mapping[str, Extra] = dataclasses.field(default_factory=dict)
     source: str = "record"
     index: int | None = None
 
@@ -90,7 +111,7 @@ class TokenGroup:
             completion is finished, none where it is cut.
         finished: K bools, False where the completion was cut.
         labels: K grades.
-        extras: name -> float32 array, a scalar or `[K]`.
+        extras: see `Record`.
         index: number of the record in its source.
         source: file and line of the record.
     """
@@ -99,7 +120,7 @@ class TokenGroup:
     completions: tuple[np.ndarray, ...]
     finished: tuple[bool, ...]
     labels: tuple[float, ...]
-    extras: Mapping[str, np.ndarray]
+    extras: Mapping[str, Extra]
     index: int
     source: str
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from paxo.data.records import DataError, TokenGroup
+from paxo.data.unpaired import Mismatch, Mismatched
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,10 @@ class Sizes(NamedTuple):
         """The sizes of the groups of these numbers."""
         return Sizes(self.tokens[index], self.slots[index])
 
+    def plus(self, added: np.ndarray) -> "Sizes":
+        """The sizes with `added` `[N]` scored tokens more."""
+        return Sizes(self.tokens + added, self.slots + added)
+
 
 class Overhead(NamedTuple):
     """What a packing costs.
@@ -110,9 +115,18 @@ def group_sizes(groups: Sequence[TokenGroup]) -> Sizes:
     return Sizes(slots + [len(group.prompt) for group in groups], slots)
 
 
-def check_fits(groups: Sequence[TokenGroup], sizes: Sizes, shape: RowShape) -> None:
-    """Raises a DataError that names the largest group if a row of this shape cannot hold it."""
-    candidates = np.array([len(group.completions) for group in groups])
+def check_fits(
+    groups: Sequence[TokenGroup], sizes: Sizes, shape: RowShape, further: int = 0
+) -> None:
+    """Raises a DataError that names the largest group if a row of this shape cannot hold it.
+
+    Args:
+        groups: the set.
+        sizes: of the groups.
+        shape: shape of a row.
+        further: candidates that each group is given besides its own; `sizes` count them.
+    """
+    candidates = np.array([len(group.completions) for group in groups]) + further
     longest = np.array([max(map(len, group.completions)) for group in groups])
     for name, needed, unit in (
         ("length", sizes.tokens, "tokens"),
@@ -124,9 +138,10 @@ def check_fits(groups: Sequence[TokenGroup], sizes: Sizes, shape: RowShape) -> N
         too_large = np.count_nonzero(needed > limit)
         if too_large:
             worst = int(np.argmax(needed))
+            added = " with a mismatched completion" if further else ""
             raise DataError(
-                f"{groups[worst].source}: the group has {needed[worst]} {unit}, but a row takes "
-                f"{limit} ({too_large} of {len(groups)} groups do not fit): {WAY_OUT[name]}"
+                f"{groups[worst].source}: the group has {needed[worst]} {unit}{added}, but a row "
+                f"takes {limit} ({too_large} of {len(groups)} groups do not fit): {WAY_OUT[name]}"
             )
 
 
@@ -196,6 +211,7 @@ def choose_shape(
     window: int = 256,
     width: int = 1024,
     slot_weight: float = 0.25,
+    mismatch: Mismatch | None = None,
 ) -> RowShape:
     """The row shape that packs these groups at the least cost, found by packing some of them.
 
@@ -210,11 +226,17 @@ def choose_shape(
         window: groups that are packed together.
         width: D of the model that the rows are for: narrow models want short rows.
         slot_weight: cost of the head at one slot relative to the trunk at one position.
+        mismatch: leave room for a mismatched completion in each group.
     """
-    sizes = group_sizes(groups)
-    candidates = max(len(group.completions) for group in groups)
+    sizes = typical = group_sizes(groups)
+    further = 0 if mismatch is None else 1
+    if mismatch is not None:
+        mismatched = Mismatched(groups, mismatch, seed=0)
+        typical = sizes.plus(mismatched.epoch(0).added)
+        sizes = sizes.plus(mismatched.most)
+    candidates = max(len(group.completions) for group in groups) + further
     max_completion = max(len(c) for group in groups for c in group.completions)
-    sample = _sample(sizes, window)
+    sample = _sample(typical, window)
 
     def shape_of(length: int, slots: int) -> RowShape:
         return RowShape(length, slots, len(sample.tokens), candidates, max_completion)
@@ -229,7 +251,7 @@ def choose_shape(
 
     least = max(int(sizes.tokens.max()), slots or 1)
     lengths = _candidate_lengths(least) if row_length is None else [row_length]
-    check_fits(groups, sizes, shape_of(lengths[0], lengths[0] if slots is None else slots))
+    check_fits(groups, sizes, shape_of(lengths[0], lengths[0] if slots is None else slots), further)
     ratio, most = sample.slots.sum() / sample.tokens.sum(), int(sizes.slots.max())
     shapes = [
         shape_of(length, number)

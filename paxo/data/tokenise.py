@@ -23,6 +23,7 @@ from paxo.data.records import (
     Text,
     TextError,
     TokenGroup,
+    extra_axes,
     plain_text,
 )
 from paxo.data.tokenizer import TextTokenizer, is_ids, load_tokenizer
@@ -239,6 +240,19 @@ def _check(group: TokenGroup, vocab_size: int) -> None:
                 way_out="use the tokenizer that belongs to the model",
                 reason="token outside the vocabulary",
             )
+    for name, value in group.extras.items():
+        column, axes = extra_axes(name, value)
+        for k, numbers in enumerate(value if axes == "KT" else ()):
+            if len(numbers) != len(group.completions[k]):
+                raise RecordError(
+                    group.source,
+                    f"{column}[{k}]",
+                    expected=f"{len(group.completions[k])} numbers, one for each scored token of "
+                    "the completion with its EOS",
+                    got=f"{len(numbers)}",
+                    way_out="make them with this tokenizer, or give token ids (prompt_ids, ...)",
+                    reason=f"{column} and tokens differ in number",
+                )
     if group.is_pair and np.array_equal(*group.completions):
         reason = "chosen equals rejected"
         raise _error(group, 1, "other tokens than those of 'chosen'", "the same tokens", reason)

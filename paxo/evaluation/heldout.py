@@ -24,8 +24,8 @@ def reward_accuracy(
 
     Args:
         scorer: log-probs of the policy that is measured.
-        batches: rows of host arrays with `fixed_logps["reference"]` attached, or without: then the
-            reward is the policy's own log-prob.
+        batches: rows of host arrays with `fixed_logps["reference"]` (or "previous") attached, or
+            without: then the reward is the policy's own log-prob.
         scale: beta.
         per_token: divide by lengths, as reference-free objectives do.
 
@@ -34,17 +34,40 @@ def reward_accuracy(
     """
     scores = []
     for batch in batches:
-        inputs = {"policy_logps": np.asarray(scorer(batch))}
-        inputs["lengths"] = np.asarray(slot_lengths(batch))
-        if "reference" in batch.fixed_logps:
-            inputs["reference_logps"] = np.asarray(batch.fixed_logps["reference"])
-        rewards = np.asarray(metrics.implicit_rewards(inputs, scale, per_token=per_token))
+        rewards = _rewards(scorer, batch, scale, per_token)
         best, worst, differ = map(np.asarray, metrics.best_and_worst(batch.labels, batch.where))
         chosen = np.take_along_axis(rewards, best[..., None], -1)[..., 0]
         rejected = np.take_along_axis(rewards, worst[..., None], -1)[..., 0]
         scores.append(np.asarray(metrics.accuracies(chosen, rejected))[differ])
     if not scores or not np.concatenate(scores).size:
         raise ValueError("no held-out group has two candidates with different labels")
+    return bootstrap_mean(np.concatenate(scores))
+
+
+def sign_accuracy(
+    scorer: Scorer,
+    batches: Iterable[PreferenceBatch],
+    *,
+    scale: float = 1.0,
+    per_token: bool = False,
+) -> Estimate:
+    """Share of single completions whose implicit reward has the sign of their label.
+
+    A reward of 0 counts half, so a policy that equals its reference scores 0.5 exactly. Completions
+    with label 0 are left out. Arguments are those of `reward_accuracy`.
+
+    Raises:
+        ValueError: if no completion has a label.
+    """
+    scores = []
+    for batch in batches:
+        rewards = _rewards(scorer, batch, scale, per_token)
+        labels = np.asarray(batch.labels)
+        judged = np.asarray(batch.where) & (labels != 0)
+        found = metrics.accuracies(np.sign(labels) * rewards, np.zeros_like(rewards))
+        scores.append(np.asarray(found)[judged])
+    if not scores or not np.concatenate(scores).size:
+        raise ValueError("no held-out completion has a label above or below 0")
     return bootstrap_mean(np.concatenate(scores))
 
 
@@ -61,3 +84,11 @@ def nll_per_token(scorer: Scorer, batches: Iterable[PreferenceBatch]) -> Estimat
         some = np.asarray(batch.where) & (lengths > 0)
         losses.append(-np.asarray(scorer(batch))[some] / lengths[some])
     return bootstrap_mean(np.concatenate(losses))
+
+
+def _rewards(scorer: Scorer, batch: PreferenceBatch, scale: float, per_token: bool) -> np.ndarray:
+    """`[R, G, K]` implicit rewards of the policy."""
+    inputs = {"policy_logps": np.asarray(scorer(batch))}
+    inputs["lengths"] = np.asarray(slot_lengths(batch))
+    inputs |= {f"{role}_logps": np.asarray(x) for role, x in batch.fixed_logps.items()}
+    return np.asarray(metrics.implicit_rewards(inputs, scale, per_token=per_token))

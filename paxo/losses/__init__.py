@@ -14,16 +14,33 @@ from paxo.losses.anchored import (
     cal_dpo_loss,
     nca_pair_loss,
 )
+from paxo.losses.attributes import (
+    attribute_regression_loss,
+    gated_preference_loss,
+    gated_scores,
+    meta_gradient,
+    reward_differences,
+)
 from paxo.losses.batchwise import (
     aot_loss,
     aot_unpaired_loss,
     bco_pair_loss,
     beta_dpo_loss,
 )
+from paxo.losses.calibration import (
+    slic_list_loss,
+)
 from paxo.losses.comparisons import (
     cpl_kl_loss,
     cpl_loss,
     rrhf_loss,
+)
+from paxo.losses.constrained import (
+    constrained_rlhf_loss,
+    first_multipliers,
+    mixed_advantage,
+    multiplier_step,
+    multipliers,
 )
 from paxo.losses.contract import (
     stateful,
@@ -33,6 +50,10 @@ from paxo.losses.contrastive import (
     exo_loss,
     infonca_loss,
     nca_loss,
+)
+from paxo.losses.diffusion import (
+    diffusion_dpo_loss,
+    seppo_loss,
 )
 from paxo.losses.divergence import (
     chipo_loss,
@@ -53,6 +74,9 @@ from paxo.losses.group_relative import (
     grpo_loss,
     rloo_loss,
     sapo_loss,
+)
+from paxo.losses.gumbel import (
+    gumbel_loss,
 )
 from paxo.losses.imitation import (
     iterative_rpo_loss,
@@ -101,12 +125,23 @@ from paxo.losses.logic import (
     odds,
     specification_of,
 )
+from paxo.losses.magnetic import (
+    mpo_magnetic_loss,
+)
 from paxo.losses.margins import (
     dove_loss,
     dpop_loss,
     flex_dpo_loss,
     modpo_loss,
     odpo_loss,
+)
+from paxo.losses.mixture_of_judges import (
+    calibrated_rewards,
+    cgpo_codpo_loss,
+    cgpo_crpg_loss,
+    cgpo_crraft_loss,
+    cgpo_rewards,
+    passes_all,
 )
 from paxo.losses.multi import (
     bpo_loss,
@@ -147,6 +182,12 @@ from paxo.losses.policy_gradient import (
     ppo_policy_loss,
     ppo_value_loss,
 )
+from paxo.losses.posterior import (
+    brain_loss,
+)
+from paxo.losses.rationale import (
+    rationale_orpo_loss,
+)
 from paxo.losses.reference_free import (
     alphapo_loss,
     asft_loss,
@@ -183,6 +224,11 @@ from paxo.losses.semantic import (
     semantic_loss,
     semantic_reference_loss,
 )
+from paxo.losses.soft_bellman import (
+    oreo_loss,
+    oreo_policy_loss,
+    oreo_value_loss,
+)
 from paxo.losses.soft_ranking import (
     diff_ndcg_loss,
     drpo_rank_loss,
@@ -208,6 +254,11 @@ from paxo.losses.triple import (
     triple_po_l_loss,
     triple_po_loss,
 )
+from paxo.losses.uncertain import (
+    flip_rates_from,
+    information_gain,
+    upo_loss,
+)
 
 __all__ = [
     "SPECIFICATIONS",
@@ -221,17 +272,25 @@ __all__ = [
     "apo_zero_unpaired_loss",
     "approx_ndcg_loss",
     "asft_loss",
+    "attribute_regression_loss",
     "bco_loss",
     "bco_pair_loss",
     "bco_state",
     "beta_dpo_loss",
     "bpo_loss",
     "bradley_terry_loss",
+    "brain_loss",
     "cal_dpo_loss",
+    "calibrated_rewards",
     "cdpo_loss",
+    "cgpo_codpo_loss",
+    "cgpo_crpg_loss",
+    "cgpo_crraft_loss",
+    "cgpo_rewards",
     "chipo_loss",
     "cispo_loss",
     "compile_loss",
+    "constrained_rlhf_loss",
     "contrastive_reward_loss",
     "copg_loss",
     "cpl_kl_loss",
@@ -241,6 +300,7 @@ __all__ = [
     "d3po_loss",
     "density_ratios_from",
     "diff_ndcg_loss",
+    "diffusion_dpo_loss",
     "discopop_loss",
     "distinguish",
     "dno_loss",
@@ -255,14 +315,20 @@ __all__ = [
     "exo_loss",
     "exo_pair_loss",
     "f_dpo_loss",
+    "first_multipliers",
     "flex_dpo_loss",
+    "flip_rates_from",
     "gae",
+    "gated_preference_loss",
+    "gated_scores",
     "general_preference_loss",
     "general_preference_scores",
     "gpo_loss",
     "grpo_loss",
+    "gumbel_loss",
     "hypo_loss",
     "infonca_loss",
+    "information_gain",
     "inpo_loss",
     "ipo_loss",
     "ipo_md_loss",
@@ -274,8 +340,13 @@ __all__ = [
     "ln_dpo_loss",
     "log_odds",
     "mdpo_loss",
+    "meta_gradient",
+    "mixed_advantage",
     "modpo_loss",
+    "mpo_magnetic_loss",
     "mppo_loss",
+    "multiplier_step",
+    "multipliers",
     "nash_md_loss",
     "nash_md_pg_loss",
     "nca_loss",
@@ -292,12 +363,16 @@ __all__ = [
     "onpo_loss",
     "opa_dpo_loss",
     "order_corrected",
+    "oreo_loss",
+    "oreo_policy_loss",
+    "oreo_value_loss",
     "orpo_loss",
     "p3o_loss",
     "pair_preference_loss",
     "pairwise_mse_loss",
     "pairwise_quantile_loss",
     "pairwise_soft01_loss",
+    "passes_all",
     "plackett_luce_loss",
     "plackett_luce_reward_loss",
     "poly1_softmax_loss",
@@ -308,8 +383,10 @@ __all__ = [
     "pro_loss",
     "r_dpo_loss",
     "rationale_dpo_loss",
+    "rationale_orpo_loss",
     "rebel_loss",
     "regret_preference_loss",
+    "reward_differences",
     "rloo_loss",
     "robust_dpo_loss",
     "rpo_loss",
@@ -322,8 +399,10 @@ __all__ = [
     "selm_loss",
     "semantic_loss",
     "semantic_reference_loss",
+    "seppo_loss",
     "simpo_loss",
     "slic_hf_loss",
+    "slic_list_loss",
     "sparse_po_loss",
     "specification_of",
     "spo_degree_loss",
@@ -340,6 +419,7 @@ __all__ = [
     "triple_po_l_loss",
     "triple_po_loss",
     "unique_softmax_loss",
+    "upo_loss",
     "vpo_loss",
     "whiten",
     "whole_batch",

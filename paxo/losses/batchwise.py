@@ -213,9 +213,10 @@ def bco_pair_loss(
     >>> float(loss), float(state["mean"])  # rewards 1 and -2
     (0.4028265, -0.5)
 
-    Jung et al. 2024, arXiv:2404.04656, the pairwise form as in TRL's `bco_pair` before 2026. Since
-    then TRL has no shift (`shift="none"`, which is also NCA's `biasedNCA`); EasyDeL takes the
-    batch's mean and lets the gradient through it; LLaMA-Factory keeps the running mean.
+    Jung et al. 2024, arXiv:2404.04656, the pairwise form as in TRL's `bco_pair` up to 0.28, where
+    every batch weighs alike in the mean. Since then TRL has no shift (`shift="none"`, which is also
+    NCA's `biasedNCA`); EasyDeL takes the batch's mean and lets the gradient through it;
+    LLaMA-Factory keeps the running mean.
     """
     rewards = beta * pair_log_ratios(policy_logps, reference_logps, where)
     valid = _valid(policy_logps, where)

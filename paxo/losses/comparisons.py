@@ -88,6 +88,7 @@ def cpl_kl_loss(
     Array(0.5333822, dtype=float32)
 
     Hejna et al. 2023, arXiv:2310.13639 (number from memory); `research/algs/cpl_kl.py`.
+    TRL, EasyDeL and HALOs do not have it.
     """
     where, policy_logps, labels = list_inputs(where, policy_logps, labels)
     advantages = alpha * log_ratios(policy_logps, reference_logps, where)

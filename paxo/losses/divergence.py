@@ -103,9 +103,9 @@ def chipo_loss(
     >>> chipo_loss(jnp.array([-4., -6.]), jnp.array([-5., -5.]), beta=0.5)
     Array(0.1075848, dtype=float32)
 
-    Huang et al. 2024, arXiv:2407.13399. Link and clips are from memory and from secondary sources;
-    the practical link is Appendix E.2 as a reviewer quotes it. TRL, EasyDeL and HALOs do not have
-    it; ports that do leave out the bound.
+    Huang et al. 2024, arXiv:2407.13399 (experimental: link and clips are from memory and from
+    secondary sources); the practical link is Appendix E.2 as a reviewer quotes it. TRL, EasyDeL and
+    HALOs do not have it; ports that do leave out the bound.
     """
     ratios = pair_log_ratios(policy_logps, reference_logps, where)
     h = beta * margin(jnp.exp(jnp.clip(alpha * ratios, *CHIPO_EXPONENTS)) + gamma * ratios)

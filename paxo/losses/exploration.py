@@ -55,8 +55,8 @@ def xpo_loss(
     >>> xpo_loss(s, q, jnp.array([0.0, 1.0]), alpha=0.1)       # log 2 - 0.4
     Array(0.29314718, dtype=float32)
 
-    Xie et al. 2024, arXiv:2405.21046 (algorithm from memory). TRL's XPOTrainer computes the same
-    with the default alpha, on fresh pairs only; oat has alpha = 5e-6.
+    Xie et al. 2024, arXiv:2405.21046 (algorithm from memory). TRL's XPOTrainer (up to
+    1.13) computes the same with the default alpha, on fresh pairs only; oat has alpha = 5e-6.
     """
     loss, bonus_where = _pair_loss(policy_logps, reference_logps, samples, beta, where)
     logps = masked(at_least_float32(policy_logps), where)

@@ -261,6 +261,7 @@ def neural_ndcg_loss(
 
     Pobrotyn and Białobrzeski 2021, arXiv:2102.07831; allRank, with `log_scores=False`. The
     transposed form weighs the gains by expected discounts: the same number for the same P.
+    TRL, EasyDeL and HALOs do not have it.
     """
     where, labels, _ = list_inputs(where, labels, policy_logps)
     scores = beta * log_ratios(policy_logps, reference_logps, where)

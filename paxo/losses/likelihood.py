@@ -40,7 +40,8 @@ def nll_loss(
     >>> float(loss.total), float(loss.count), float(loss.value)
     (7.0, 7.0, 1.0)
 
-    As a term beside a preference loss: RPO, Liu et al. 2024, arXiv:2405.16436; iterative RPO, Pang
+    Fine-tuning on demonstrations as in Ouyang et al. 2022, arXiv:2203.02155. As a term beside a
+    preference loss: RPO, Liu et al. 2024, arXiv:2405.16436; iterative RPO, Pang
     et al. 2024, arXiv:2404.19733. TRL's `sft` term is the token mean.
     """
     if where is None:

@@ -153,7 +153,7 @@ def swepo_loss(
     >>> swepo_loss(policy, reference, jnp.array([9.0, 1.0]), beta=0.5)
     Array(0.3132617, dtype=float32)
 
-    Gupta et al. 2024, arXiv:2412.04628.
+    Gupta et al. 2024, arXiv:2412.04628. TRL, EasyDeL and HALOs do not have it.
     """
     where, labels, _ = list_inputs(where, labels, policy_logps)
     scores = beta * log_ratios(policy_logps, reference_logps, where)

@@ -72,6 +72,7 @@ def modpo_loss(
     beta: Positive = 0.1,
     w0: Positive = 0.5,
     w1: Real = 0.5,
+    link: Literal["sigmoid", "hinge"] = "sigmoid",
     where: Array | None = None,
 ) -> Array:
     r"""Multi-objective DPO: $-\log\sigma([\beta(r_w - r_l) - w_1(R_w - R_l)] / w_0)$.
@@ -87,6 +88,7 @@ def modpo_loss(
         beta: strength of the KL regularisation, > 0.
         w0: weight of the pairs' objective, > 0. The authors' scripts use 0.1, 0.5 and 0.9.
         w1: weight of `margin_rewards`; `1 - w0` there.
+        link: "sigmoid", or "hinge": max(0, 1 - that argument).
         where: `[..., 2]` bool, False on candidates to ignore.
 
     Returns:
@@ -96,13 +98,14 @@ def modpo_loss(
     >>> modpo_loss(jnp.array([-4., -6.]), jnp.array([-5., -5.]), rewards, beta=0.5)
     Array(0.3132617, dtype=float32)
 
-    Zhou et al. 2023, arXiv:2310.03708, and the authors' code (`modpo_trainer.py`), of which this is
-    the logistic form. TRL, EasyDeL and HALOs do not have it.
+    Zhou et al. 2023, arXiv:2310.03708, and the authors' code (`modpo_trainer.py`), which has
+    both links. TRL, EasyDeL and HALOs do not have it.
     """
     check_candidates(policy_logps, margin_rewards)
     z = beta * margin(pair_log_ratios(policy_logps, reference_logps, where))
     others = jax.lax.stop_gradient(margin(masked(at_least_float32(margin_rewards), where)))
-    return masked_rows(jax.nn.softplus((w1 * others - z) / w0), where)
+    x = (z - w1 * others) / w0
+    return masked_rows(jax.nn.relu(1 - x) if link == "hinge" else jax.nn.softplus(-x), where)
 
 
 def dpop_loss(
@@ -168,8 +171,8 @@ def flex_dpo_loss(
     >>> flex_dpo_loss(jnp.array([-4., -6.]), jnp.array([-5., -5.]), beta_w=0.7, beta_l=0.3)
     Array(0.3132617, dtype=float32)
 
-    Yan et al. 2024, arXiv:2406.07327; the formula is from memory. The paper's other remedy, SFT on
-    the chosen completion, is `rpo`. TRL, EasyDeL and HALOs do not have it.
+    Yan et al. 2024, arXiv:2406.07327 (experimental: the formula is from memory). The paper's other
+    remedy, SFT on the chosen completion, is `rpo`. TRL, EasyDeL and HALOs do not have it.
     """
     ratios = pair_log_ratios(policy_logps, reference_logps, where)
     u = beta_w * ratios[..., 0] - beta_l * ratios[..., 1]

@@ -211,7 +211,7 @@ def nash_md_loss(
     Array(0., dtype=float32)
 
     Munos et al. 2023, arXiv:2312.00886 (from secondary sources), in the regression form of Zhou et
-    al. 2025. TRL's and EasyDeL's Nash-MD trainers are `nash_md_pg`.
+    al. 2025. TRL's and EasyDeL's Nash-MD trainers are policy gradients: see `nash_md_pg`.
     """
     return online_ipo_v1_loss(
         policy_logps,
@@ -252,9 +252,9 @@ def nash_md_pg_loss(
     >>> nash_md_pg_loss(jnp.array([-4.0]), jnp.array([-5.0]), jnp.array([1.0]), tau=0.25)
     Array(1., dtype=float32)
 
-    Munos et al. 2023, arXiv:2312.00886 (from secondary sources). TRL's trainer weighs each token's
-    log-prob with its own log-ratio only, a biased gradient of the KL; EasyDeL's forgets the
-    stop-gradient, and mixes completions instead of distributions.
+    Munos et al. 2023, arXiv:2312.00886 (from secondary sources). TRL's trainer (up to 1.13) weighs
+    each token's log-prob with its own log-ratio only, a biased gradient of the KL, and is this for
+    one token; EasyDeL's forgets the stop-gradient too, and mixes completions, not distributions.
     """
     check_lists(policy_logps, reference_logps, win_rates, where)
     logps = masked(at_least_float32(policy_logps), where)

@@ -10,6 +10,8 @@ $r$ first and the margin second keeps the digits that $s_w - s_l$ would cancel.
 Array([0.5981389, 0.6931472], dtype=float32)
 """
 
+from typing import Literal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -143,6 +145,7 @@ def simpo_loss(
     beta: Positive = 2.0,
     gamma_beta_ratio: NonNegative = 0.25,
     label_smoothing: FlipRate = 0.0,
+    link: Literal["sigmoid", "hinge"] = "sigmoid",
     where: Array | None = None,
 ) -> Array:
     r"""SimPO: $-\log\sigma(x)$ of a length-normalised margin without a reference.
@@ -157,7 +160,8 @@ def simpo_loss(
         beta: scale of the per-token reward, > 0; the paper's recipes use 2 to 10.
         gamma_beta_ratio: target margin over `beta`, nats per token; the paper's recipes use
             0.1-0.8.
-        label_smoothing: assumed share of flipped labels, in [0, 0.5).
+        label_smoothing: assumed share of flipped labels, in [0, 0.5); "sigmoid" only.
+        link: "sigmoid", or "hinge" as in the authors' code: max(0, 1 - x).
         where: `[..., 2]` bool, False on candidates to ignore.
 
     Returns:
@@ -174,4 +178,6 @@ def simpo_loss(
     logps = masked(at_least_float32(policy_logps), where)
     rewards = safe_divide(logps, masked(lengths, where))
     x = beta * (margin(rewards) - gamma_beta_ratio)
+    if link == "hinge":
+        return masked_rows(jax.nn.relu(1 - x), where)
     return masked_rows(jax.nn.softplus(-x) + label_smoothing * x, where)

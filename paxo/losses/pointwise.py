@@ -15,11 +15,20 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import NonNegative, Positive, Probability, stateful, whole_batch
+from paxo.losses.contract import (
+    NonNegative,
+    Positive,
+    Probability,
+    stateful,
+    unpaired,
+    wants_mismatched,
+    whole_batch,
+)
 from paxo.losses.pairwise import log_ratios
 from paxo.numerics import Array, Mean, at_least_float32, masked
 
 
+@wants_mismatched
 @whole_batch
 def kto_loss(
     policy_logps: Array,
@@ -58,9 +67,9 @@ def kto_loss(
     >>> kto_loss(logps, logps, jnp.array([[1., 0.], [-1., 0.]])).value
     Array(0.5, dtype=float32)
 
-    Ethayarajh et al. 2024, arXiv:2402.01306. HALOs and TRL compute the same from another z0: they
-    shift the completions of a device's batch by one, HALOs drops ratios that are exactly 0, and TRL
-    averages the means of devices. EasyDeL's pairwise "kto" is conservative DPO.
+    Ethayarajh et al. 2024, arXiv:2402.01306. HALOs and TRL compute the same, given the mismatched
+    completions; these they make by a shift of a device's batch by one, HALOs drops ratios that are
+    exactly 0, and TRL averages the means of devices. EasyDeL's pairwise "kto" is conservative DPO.
     """
     ratios, sign, judged, mismatched = _split(policy_logps, reference_logps, labels, where)
     baseline = Mean.over(jax.lax.stop_gradient(ratios), mismatched).value
@@ -69,6 +78,7 @@ def kto_loss(
     return Mean.over(weights * losses, judged)
 
 
+@unpaired
 def apo_zero_unpaired_loss(
     policy_logps: Array,
     reference_logps: Array,
@@ -108,6 +118,7 @@ def apo_zero_unpaired_loss(
     return Mean.over(weights * losses, judged)
 
 
+@unpaired
 def nca_unpaired_loss(
     policy_logps: Array,
     reference_logps: Array,
@@ -150,6 +161,7 @@ def bco_state() -> dict[str, Array]:
     return {"mean": jnp.zeros(2), "weight": jnp.zeros(2)}
 
 
+@unpaired
 @stateful(bco_state)
 def bco_loss(
     policy_logps: Array,
@@ -201,8 +213,9 @@ def bco_loss(
     >>> loss.value, state["mean"]
     (Array(0.6931472, dtype=float32), Array([0.1, 0.1], dtype=float32))
 
-    Jung et al. 2024, arXiv:2404.04656, Eq. 7. TRL's BCO trainer is "running_mean" with weights as
-    here. HALOs has no BCO; the paired `bco` of EasyDeL lets the shift carry gradient.
+    Jung et al. 2024, arXiv:2404.04656, Eq. 7. TRL's BCO trainer (up to 1.13) is "running_mean"
+    with weights as here. HALOs has no BCO; EasyDeL's trainer never moves its running mean, and the
+    shift of its paired `bco` carries gradient.
     """
     ratios, sign, judged, _ = _split(policy_logps, reference_logps, labels, where)
     rewards = beta * ratios

@@ -56,8 +56,9 @@ def slic_hf_loss(
     Array(0.9, dtype=float32)
 
     Zhao et al. 2023, arXiv:2305.10425; target and defaults from memory and from HALOs `slic`, which
-    adds a token-level term to the sequence-level one and so equals this only at microbatch 1. TRL's
-    `hinge` subtracts the reference and is not this loss.
+    adds a token-level term to the sequence-level one, so that its likelihood is a mean over padding
+    too. TRL's CPO trainer with `loss_type="hinge"` and beta 1/δ is 1/δ of this at lam = 0, beside a
+    mean over the batch's tokens; its DPO trainer's `hinge` subtracts the reference (`rso_hinge`).
     """
     logps = checked_logps(policy_logps, lengths, where, candidates=(2, 3))
     hinge = jax.nn.relu(delta - margin(logps))

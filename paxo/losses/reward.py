@@ -98,6 +98,7 @@ def plackett_luce_reward_loss(
     Array(0.3132617, dtype=float32)
 
     Rafailov et al. 2023, arXiv:2305.18290, Appendix (from memory), on rewards.
+    TRL, EasyDeL and HALOs do not have it.
     """
     where, labels, scores = list_inputs(where, labels, scores)
     return plackett_luce_nll(scores, labels, where, ties, key)
@@ -202,6 +203,7 @@ def pair_preference_loss(
     Array(0.3132617, dtype=float32)
 
     Dong et al. 2024, arXiv:2405.07863 (RLHFlow); PairRM: Jiang et al. 2023, arXiv:2306.02561.
+    TRL, EasyDeL and HALOs do not have it.
     """
     _check_pairs(scores, where)
     chex.assert_equal_shape([scores, labels])

@@ -174,7 +174,7 @@ def gpo_loss(
     Array(0., dtype=float32)
 
     Zhang et al. 2024, arXiv:2410.02197. The authors' trainer file is not public; their tables
-    double the score.
+    double the score. TRL, EasyDeL and HALOs do not have it.
     """
     check_lists(policy_logps, previous_logps, preference_scores, where)
     return _squares(policy_logps, previous_logps, given(preference_scores, where) / beta, where)

@@ -112,7 +112,7 @@ def semantic_loss(
     >>> semantic_loss(jnp.log(jnp.array([0.5, 0.5])), jnp.ones(2))  # -log(3/4)
     Array(0.2876821, dtype=float32)
 
-    Richardson et al. 2024, arXiv:2412.17696.
+    Richardson et al. 2024, arXiv:2412.17696. TRL, EasyDeL and HALOs do not have it.
     """
     check_candidates(policy_logps, lengths, where)
     logps = _log_probs(policy_logps, lengths, where, length_normalize)
@@ -158,7 +158,7 @@ def semantic_reference_loss(
     >>> semantic_reference_loss(policy, reference, lengths, beta=0.5)
     Array(0.3132617, dtype=float32)
 
-    Richardson et al. 2024, arXiv:2412.17696.
+    Richardson et al. 2024, arXiv:2412.17696. TRL, EasyDeL and HALOs do not have it.
     """
     check_candidates(policy_logps, reference_logps, lengths, where)
     both = [

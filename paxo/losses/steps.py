@@ -12,7 +12,7 @@ from paxo.numerics import Array, Mean, at_least_float32, masked, masked_rows, sa
 
 
 def prm_loss(
-    values: Array,
+    step_scores: Array,
     step_labels: Array,
     step_mask: Array,
     *,
@@ -22,7 +22,8 @@ def prm_loss(
     r"""Process reward model: $-p\log\sigma(v) - (1 - p)\log\sigma(-v)$ at the end of each step.
 
     Args:
-        values: `[..., K, T]` logits that the steps so far are right, from a head per token.
+        step_scores: `[..., K, T]` logits that the steps so far are right, from a head that is read
+            at each token itself.
         step_labels: `[..., K, T]` p in [0, 1], read at the ends of steps: whether the step is
             right, or the share of correct solutions among rollouts from it.
         step_mask: `[..., K, T]` nonzero on the last token of each step.
@@ -37,17 +38,17 @@ def prm_loss(
     (0.6931472, 2.0)
 
     Lightman et al. 2023, arXiv:2305.20050; labels from rollouts: Wang et al. 2023, arXiv:2312.08935
-    (from memory). TRL's PRM trainer, and OpenRLHF's `PRMLoss` with the logits of two reward tokens,
-    compute the same with `values` the difference of the two logits.
+    (from memory). TRL's PRM trainer (up to 1.13), and OpenRLHF's `PRMLoss` with the logits of two
+    reward tokens, compute the same with `step_scores` the difference of the two logits.
     """
-    chex.assert_equal_shape([values, step_labels, step_mask])
+    chex.assert_equal_shape([step_scores, step_labels, step_mask])
     if where is None:
-        where = jnp.ones(values.shape[:-1], bool)
+        where = jnp.ones(step_scores.shape[:-1], bool)
     ends = (step_mask != 0) & where[..., None]
     if last_step_only:
         later = jnp.cumsum(ends[..., ::-1], axis=-1)[..., ::-1]
         ends = ends & (later == 1)
-    x = masked(at_least_float32(values), ends)
+    x = masked(at_least_float32(step_scores), ends)
     p = masked(at_least_float32(step_labels), ends)
     return Mean.over(jax.nn.softplus(-x) + (1 - p) * x, ends)
 
@@ -91,8 +92,8 @@ def regret_preference_loss(
 
     The regret of a segment, $V^*(s_0) - (R + V^*(s_L))$ where the dynamics are deterministic, is
     what acting optimally from its start would have gained over it. Unlike the return R alone it
-    tells where the segment leads, and no potential added to the reward changes it. From memory: the
-    paper was not at hand.
+    tells where the segment leads, and no potential added to the reward changes it. Experimental:
+    from memory, the paper was not at hand.
 
     Args:
         scores: `[..., 2]` returns R of the two segments under the reward that is learnt, chosen
@@ -111,6 +112,7 @@ def regret_preference_loss(
 
     Knox et al. 2022, arXiv:2206.02231. With A* = beta log(pi*/ref) minus the regret is the implicit
     reward: DPO and CPL are regret models of a KL-regularised problem.
+    TRL, EasyDeL and HALOs do not have it.
     """
     chex.assert_equal_shape([scores, start_values, end_values])
     chex.assert_axis_dimension(scores, -1, 2)

@@ -48,7 +48,8 @@ def token_dpo_loss(
     >>> token_dpo_loss(policy, reference, jnp.ones((2, 1), bool), beta=0.5)
     Array(0.3132617, dtype=float32)
 
-    Rafailov et al. 2024, arXiv:2404.12358. Equal to `dpo` up to rounding.
+    Rafailov et al. 2024, arXiv:2404.12358. Equal to `dpo` up to rounding, and so
+    to TRL's, EasyDeL's and HALOs' DPO.
     """
     ratios, _ = token_log_ratios(policy_token_logps, reference_token_logps, token_mask, where)
     return masked_rows(jax.nn.softplus(-beta * margin(jnp.sum(ratios, axis=-1))), where)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from paxo import metrics as metrics_lib
 from paxo import scoring
 from paxo.numerics import Mean
-from paxo.objectives import Objective
+from paxo.objectives import FROM_BATCH, FROM_STEP, HIDDEN_ROLE, Objective
 from paxo.scoring import ROWS, place_rows
 from paxo.training.state import TrainState, as_transformation
 from paxo.types import Array, Params, Policy, PreferenceBatch
@@ -72,7 +72,7 @@ def make_train_step(
     gradients = _coupled_gradients if objective.whole_batch else _separable_gradients
 
     def step(state: TrainState, batch: PreferenceBatch) -> tuple[TrainState, dict[str, Array]]:
-        check_batch(objective, batch, policy.heads)
+        check_batch(objective, batch, policy.heads, state.frozen or {})
         key = jax.random.fold_in(state.key, state.step)
         run = _Run(policy, objective, state, key, microbatches, axis_name)
         grads, loss, means, objective_state = gradients(run, batch)
@@ -154,8 +154,23 @@ def pmap_step(step: Step, axis_name: str, devices: Any = None) -> Step:
     return run
 
 
-def check_batch(objective: Objective, batch: PreferenceBatch, heads: Collection[str] = ()) -> None:
-    """Raises unless every array that the objective cannot do without is there."""
+def check_batch(
+    objective: Objective,
+    batch: PreferenceBatch,
+    heads: Collection[str] = (),
+    frozen: Collection[str] = (),
+) -> None:
+    """Raises unless every array that the objective cannot do without is there.
+
+    Args:
+        objective: names the arrays; those with a default may be absent.
+        batch: with what was attached to it.
+        heads: of the policy.
+        frozen: names in `TrainState.frozen`.
+
+    Raises:
+        ValueError: naming the call or the setting that adds what is missing.
+    """
     for role in objective.roles:
         if role not in batch.fixed_logps:
             raise ValueError(
@@ -169,18 +184,16 @@ def check_batch(objective: Objective, batch: PreferenceBatch, heads: Collection[
                 f"objective {objective.name!r} needs token log-probs of role {role!r}; attach them "
                 f"with paxo.attach_logps(batch, {role!r}, scorer, tokens=True)."
             )
-    provided = {
-        "policy_logps",
-        "lengths",
-        "token_mask",
-        "labels",
-        "where",
-        "key",
-        "state",
-        *TOKEN_QUANTITIES,
-    }
-    provided |= {f"{role}_logps" for role in objective.roles} | set(batch.extras) | set(heads)
-    provided |= {f"{role}_token_logps" for role in objective.token_roles}
+    if objective.arrays.get("token_kls", False) and not _has_kls(batch, frozen):
+        raise ValueError(
+            f"objective {objective.name!r} needs token_kls: attach the reference's hidden states "
+            f"with paxo.attach_logps(batch, {HIDDEN_ROLE!r}, scorer, hidden=True) and give its "
+            'head to init_state(..., frozen={"reference_head": policy.unembed(params)}).'
+        )
+    provided = {"policy_logps", "lengths", "token_mask", *FROM_BATCH, *FROM_STEP, *TOKEN_QUANTITIES}
+    provided |= {f"{role}_logps" for role in batch.fixed_logps}
+    provided |= {f"{role}_token_logps" for role in batch.fixed_token_logps}
+    provided |= set(batch.extras) | set(heads)
     missing = sorted(
         n for n, required in objective.arrays.items() if required and n not in provided
     )
@@ -190,6 +203,11 @@ def check_batch(objective: Objective, batch: PreferenceBatch, heads: Collection[
             f"batch's extras are {sorted(batch.extras)}. Name the columns that hold them with "
             f"data.extras=({', '.join(map(repr, missing))},)."
         )
+
+
+def _has_kls(batch: PreferenceBatch, frozen: Collection[str]) -> bool:
+    """Whether divergences from the reference's distributions can be computed."""
+    return HIDDEN_ROLE in batch.fixed_hidden and "reference_head" in frozen
 
 
 def batch_metrics(batch: PreferenceBatch, axis_name: str | None = None) -> dict[str, Array]:
@@ -210,14 +228,16 @@ class _Run:
             metrics_lib.preference_metrics,
             scale=objective.reward_scale,
             per_token=objective.reward_per_token,
+            unpaired=objective.unpaired,
         )
 
     def scores(self, params: Params, batch: PreferenceBatch) -> dict[str, Array]:
         """The arrays that depend on the parameters, by the names that losses give them."""
+        frozen = self.state.frozen or {}
         wanted = {
             name: TOKEN_QUANTITIES[name]
             for name in self.objective.arrays
-            if name in TOKEN_QUANTITIES
+            if name in TOKEN_QUANTITIES and (name != "token_kls" or _has_kls(batch, frozen))
         }
         heads = [name for name in self.policy.heads if name in self.objective.arrays]
         hidden = scoring.all_hidden(self.policy, params, batch)
@@ -227,7 +247,7 @@ class _Run:
             batch,
             sorted({"logps", *wanted.values()}),
             hidden=scoring.predicting(hidden, batch),
-            reference_head=self.state.frozen.get("reference_head") if self.state.frozen else None,
+            reference_head=frozen.get("reference_head"),
         )
         out = {"policy_logps": scoring.slot_sums(by_token["logps"], batch)}
         out |= scoring.head_outputs(self.policy, params, batch, heads, hidden)
@@ -241,9 +261,9 @@ class _Run:
         if "token_mask" in arrays:
             ones = jnp.ones(batch.score_slot.shape, bool)
             out["token_mask"] = scoring.by_candidate(ones, batch)
-        for role in self.objective.token_roles:
-            x = scoring.by_candidate(batch.fixed_token_logps[role], batch)
-            out[f"{role}_token_logps"] = x
+        for role, x in batch.fixed_token_logps.items():
+            if self.objective.reads_tokens(role):
+                out[f"{role}_token_logps"] = scoring.by_candidate(x, batch)
         if "key" in arrays:
             out["key"] = self.key
         return out

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -152,3 +154,20 @@ def test_a_wrong_limit_is_refused_when_it_is_written(name, value, hint):
     with pytest.raises(ValueError, match=hint) as caught:
         TokenLimits(**{name: value})
     assert f"{name}=" in str(caught.value)
+
+
+def test_numbers_of_tokens_are_cut_with_their_completion():
+    whole = group(4, 5, 3)
+    numbers = tuple(
+        np.arange(len(completion), dtype=np.float32) for completion in whole.completions
+    )
+    extras = {"advantage:KT": numbers, "score": np.ones(2, np.float32)}
+    whole = dataclasses.replace(whole, extras=extras)
+    for limits in (
+        TokenLimits(max_completion=3, long_completion="cut"),
+        TokenLimits(max_sequence=7, long_completion="cut"),
+    ):
+        cut = fit(whole, limits)
+        assert [len(completion) for completion in cut.completions] == [3, 3]
+        assert [x.tolist() for x in cut.extras["advantage:KT"]] == [[0, 1, 2], [0, 1, 2]]
+        assert cut.extras["score"] is extras["score"]

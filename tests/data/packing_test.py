@@ -231,6 +231,27 @@ def test_extras_are_laid_out_by_group_and_candidate():
     assert all(array.dtype == np.float32 for array in batch.extras.values())
 
 
+def test_extras_whose_name_tells_their_axes_are_laid_out_by_token_and_by_vector():
+    first = make_group([1], [5], [6, 7], extras={
+        "advantage:KT": (np.array([1.0]), np.array([2.0, 3.0])),
+        "vector:KD": np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        "scale:D": np.array([7.0, 8.0]),
+    })  # fmt: skip
+    batch = fill_rows([first], [[0]], SHAPE)
+    tokens = batch.extras["advantage"][0, 0]
+    assert tokens.shape == (SHAPE.candidates, SHAPE.max_completion)
+    assert tokens[:, :3].tolist() == [[1, 0, 0], [2, 3, 0], [0, 0, 0]]
+    assert batch.extras["vector"][0, 0].tolist() == [[1, 2, 3], [4, 5, 6], [0, 0, 0]]
+    assert batch.extras["scale"][0].tolist() == [[7, 8]] + [[0, 0]] * (SHAPE.groups - 1)
+    wrong = {"advantage:KT": (np.array([1.0]), np.array([2.0]))}
+    with pytest.raises(ValueError, match=r"pairs.jsonl:4: extra 'advantage:KT' has \[1, 1\] num"):
+        pack_groups([make_group([1], [5], [6, 7], index=4, extras=wrong)], SHAPE)
+    other = {name: first.extras[name] for name in ("advantage:KT", "vector:KD")}
+    other |= {"scale:D": np.zeros(3)}
+    with pytest.raises(ValueError, match=r"pairs.jsonl:5: extra 'scale:D' has shape \(3,\)"):
+        pack_groups([first, make_group([1], [5], [6, 7], index=5, extras=other)], SHAPE)
+
+
 def test_extras_that_differ_between_records_are_refused():
     first = make_group([1], [5], [6], extras={"score": np.ones(2)})
     without = make_group([1], [5], [6], index=8)

@@ -190,3 +190,42 @@ def test_the_original_transcripts_of_hh_are_the_same_records_as_its_messages(sha
         assert one.index == other.index
         assert one.prompt == other.prompt
         assert one.completions == other.completions
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("x:KT", [[1, 2, 3], [4]], ([1, 2, 3], [4])),
+        ("x:KK", [[0.5, 1], [0, 0.5]], [[0.5, 1], [0, 0.5]]),
+        ("x:KD", [[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 5, 6]]),
+        ("x:D", [1, 2, 3], [1, 2, 3]),
+        ("x:K", [1, 2], [1, 2]),
+    ],
+)
+def test_axes_after_the_name_of_an_extra_tell_its_shape(name, value, expected):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "x": value}
+    found = parse_record(row, "x:1", extras=(name,)).extras
+    assert found.keys() == {name}
+    for one, other in zip(found[name], expected, strict=True):
+        np.testing.assert_array_equal(one, np.float32(other))
+    parts = found[name] if name.endswith("KT") else (found[name],)
+    assert all(part.dtype == np.float32 for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("x", [[1], [2]], r"field 'x': expected a number.*tell the axes .*'x:KT'"),
+        ("x:KT", [[1]], r"field 'x': expected 2 lists, one for each completion"),
+        ("x:KT", [[1], 2], r"field 'x\[1\]': expected a list of numbers"),
+        ("x:KT", [[1], ["b"]], r"field 'x\[1\]\[0\]': expected a number"),
+        ("x:KK", [[1, 2], [3]], r"field 'x\[1\]': expected 2 values"),
+        ("x:KD", [[1, 2, 3], [3]], r"field 'x\[1\]': expected 3 values"),
+        ("x:D", 3, r"field 'x': expected a list of numbers"),
+        ("y:KT", [[1], [2]], r"field 'y': expected a column of that name"),
+    ],
+)
+def test_extras_of_another_shape_are_refused_by_record(name, value, message):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", "x": value}
+    with pytest.raises(RecordError, match=f"pairs.jsonl:3: {message}"):
+        parse_record(row, "pairs.jsonl:3", extras=(name,))

@@ -368,3 +368,14 @@ def test_consecutive_assistant_turns_of_hh_become_one_reply(shared_data, plain_t
         first, second = (message.content for message in record.completions[0])
         reply = tokenizer.decode(group.completions[0])
         assert reply == f" {first}\n\n{second}<|endoftext|>"
+
+
+def test_numbers_of_tokens_are_those_of_the_scored_tokens(text_tokenizer):
+    numbers = (np.arange(2, dtype=np.float32), np.arange(5, dtype=np.float32))
+    record = dataclasses.replace(pair("2+2=", "4", "five"), extras={"x:KT": numbers})
+    (group,) = tokenise([record], text_tokenizer).groups
+    assert [len(ids) for ids in group.completions] == [2, 5]  # with their EOS
+    assert group.extras["x:KT"] is numbers
+    short = dataclasses.replace(record, extras={"x:KT": (numbers[0], numbers[1][:4])})
+    with pytest.raises(RecordError, match=r"pairs.jsonl:17: field 'x\[1\]': expected 5 numbers"):
+        tokenise([short], text_tokenizer)

@@ -8,9 +8,9 @@ import pytest
 from paxo.data.batching import epoch_batches
 from paxo.data.packing import choose_shape, pack_groups
 from paxo.data.records import TokenGroup
-from paxo.evaluation.heldout import nll_per_token, reward_accuracy
+from paxo.evaluation.heldout import nll_per_token, reward_accuracy, sign_accuracy
 from paxo.scoring import attach_logps, make_scorer
-from tests.made import made_groups, tiny_policy
+from tests.made import made_batch, made_groups, tiny_policy
 
 
 def group(labels, lengths=None):
@@ -113,3 +113,19 @@ def test_nll_is_the_mean_over_completions_of_their_means_over_tokens():
     found = nll_per_token(scorer, [batch])
     assert found.value == pytest.approx((4 / 2 + 3 / 6) / 2)
     assert found.count == 2
+
+
+def test_single_completions_are_right_where_the_reward_has_the_sign_of_the_label():
+    batch = made_batch(10, rows=8, candidates=1)
+    where = np.asarray(batch.where)
+    signs = np.where(np.random.default_rng(0).random(where.shape) < 0.5, 1.0, -1.0)
+    labels = np.where(where, signs, 0).astype(np.float32)
+    reference = -np.ones(where.shape, np.float32)
+    batch = batch.replace(labels=labels, fixed_logps={"reference": reference})
+    assert sign_accuracy(lambda _: reference, [batch]).value == 0.5
+    assert sign_accuracy(lambda _: reference + labels, [batch]).value == 1
+    found = sign_accuracy(lambda _: reference + 1, [batch])
+    assert found.count == where.sum() == 10
+    assert found.value == np.mean(signs[where] > 0)
+    with pytest.raises(ValueError, match="no held-out completion has a label"):
+        sign_accuracy(lambda _: reference, [batch.replace(labels=0 * labels)])

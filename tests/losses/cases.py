@@ -12,7 +12,7 @@ import numpy as np
 from paxo.objectives import FROM_STEP, TOKENWISE
 
 LEAD, TOKENS = (2, 3), 4
-HEADS = {"scores": "K", "values": "KT", "token_weights": "KT"}
+HEADS = {"scores": "K", "values": "KT", "step_scores": "KT", "token_weights": "KT"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,6 +18,8 @@ from tests.losses.conformance import CHECKS
 
 BOTH = {"log_ratios": True, "group_shift": True}
 GRADED = {"candidates": 4, "given": {"labels": (0.9, 0.6, 0.6, 0.1)}}
+JUDGED = {"candidates": 3, "given": {"passed": (1, 0, 1)}}
+STEPS = {"given": {"step_mask": [0, 1, 0, 1]}, "axes": {"step_mask": "KT"}, "log_ratios": True}
 ROWS = {
     "dpo": {**BOTH},
     "ipo": {"log_ratios": True},
@@ -142,6 +144,19 @@ ROWS = {
         "perturbed": {"core": ["w"], "given": ["w | rl"], "also": ["false"]},
         "log_ratios": True,
     },
+    "upo": {**BOTH, "axes": {"flip_rates": ""}},
+    "rationale_orpo": {"candidates": 3},
+    "slic_list": {**GRADED},
+    "gumbel": {**GRADED, **BOTH},
+    "mpo_magnetic": {"group_shift": True},
+    "oreo": STEPS,
+    "oreo_policy": STEPS,
+    "oreo_value": STEPS,
+    "brain": {"candidates": 3, "group_shift": True},
+    "constrained_rlhf": {"candidates": 3},
+    "cgpo_crpg": {**JUDGED, "base": {"kl_max": 5.0}},
+    "cgpo_codpo": JUDGED,
+    "cgpo_crraft": JUDGED,
 }
 CASES = {name: Case(name, loss, **ROWS.get(name, {})) for name, loss in LOSSES.items()}
 

@@ -53,6 +53,12 @@ def test_modpo_compares_what_is_left_of_each_reward():
     close(found, softplus(-(rest[:, 0] - rest[:, 1])))
 
 
+def test_modpo_with_a_hinge_is_the_hinge_of_the_same_margin():
+    logistic = exact(modpo_loss, POLICY, REFERENCE, REWARDS, beta=BETA, w0=0.6, w1=0.4)
+    hinge = exact(modpo_loss, POLICY, REFERENCE, REWARDS, beta=BETA, w0=0.6, w1=0.4, link="hinge")
+    close(hinge, np.maximum(0, 1 + np.log(np.expm1(logistic))))
+
+
 def test_modpo_depends_on_the_ratios_of_beta_and_weights():
     found = exact(modpo_loss, POLICY, REFERENCE, REWARDS, beta=BETA, w0=0.6, w1=0.4)
     close(found, exact(modpo_loss, POLICY, REFERENCE, REWARDS, beta=3 * BETA, w0=1.8, w1=1.2))

@@ -69,6 +69,12 @@ def test_ipo_is_a_quarter_over_tau_squared_when_policy_equals_reference(tau):
     np.testing.assert_allclose(averaged, [1 / (4 * tau**2)] * 3, rtol=1e-6)
 
 
+def test_simpo_with_a_hinge_wants_a_margin_of_one_beyond_its_target():
+    margins = 2.5 * (margin(POLICY / LENGTHS) - 0.1)
+    found = simpo_loss(POLICY, LENGTHS, beta=2.5, gamma_beta_ratio=0.1, link="hinge")
+    np.testing.assert_allclose(found, np.maximum(0, 1 - margins), rtol=1e-5)
+
+
 def test_simpo_at_equal_mean_log_probs_is_softplus_of_the_target():
     # gamma = beta * ratio = 1.375, the value in the paper's Mistral recipe: 1.600413
     found = simpo_loss(-1.5 * LENGTHS, LENGTHS, beta=2.5, gamma_beta_ratio=0.55)

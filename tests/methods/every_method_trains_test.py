@@ -17,13 +17,13 @@ from scipy import stats
 
 import paxo
 from paxo.objectives import LOSSES
-from tests.methods.recipes import RECIPES, Recipe
+from tests.methods.recipes import RECIPES, Recipe, stepwise
 from tests.methods.task import head_outputs, make_task, train
 
 pytestmark = pytest.mark.slow
 logger = logging.getLogger(__name__)
 FIGURES: dict[str, dict] = {}
-CONFIDENCE = 0.999  # that the figure has gone up: one of a hundred methods at most by chance
+CHANCE = 1e-3  # greatest probability of the figure if nothing had been learnt
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +55,23 @@ def test_method_keeps_its_promise(name, task):
     assert np.isfinite(trained.losses).all()
     if recipe.promise == "reward":
         after = task.rewards(trained.params)
-        gain = after - task.before
-        before, after = task.before.mean(), after.mean()
+        before, chance = task.before, stats.ttest_rel(after, task.before, alternative="greater")
     else:
-        right = accuracy(task, trained, recipe.head)
-        gain, before, after = right - 0.5, 0.5, right.mean()
-    standard_error = gain.std() / len(gain) ** 0.5
+        after = accuracy(task, trained, recipe.head)
+        before = np.full(len(after), 0.5)
+        chance = stats.binomtest(int(after.sum()), len(after), alternative="greater")
     FIGURES[name] = {
-        "promise": recipe.promise, "before": float(before), "after": float(after),
-        "standard_error": float(standard_error),
-    }  # fmt: skip
-    assert gain.mean() / standard_error > stats.norm.ppf(CONFIDENCE), FIGURES[name]
+        "promise": recipe.promise,
+        "before": round(float(before.mean()), 4),
+        "after": round(float(after.mean()), 4),
+    }
+    assert chance.pvalue < CHANCE, FIGURES[name]
 
 
 def accuracy(task, trained, head):
     """`[N]` per held-out prompt whether the head puts the best sample above the worst."""
+    if head == "step_scores":
+        return steps_told_apart(task, trained)
     pairs = [s.choose((0, 5), (1, 0)) for s in task.heldout]
     outputs = head_outputs(trained, pairs, head)
     if head == "scores":
@@ -80,3 +82,18 @@ def accuracy(task, trained, head):
         return np.array([float(general_preference_scores(x)[0, 1] > 0) for x in outputs])
     last = [[y[len(c) - 1] for y, c in zip(x, p.completions)] for x, p in zip(outputs, pairs)]
     return np.array([float(a > b) for a, b in last])
+
+
+def steps_told_apart(task, trained):
+    """`[N]` for kind and unkind clauses, put side by side, whether the kind one scores higher."""
+    wanted = frozenset({"step_mask", "step_labels"})
+    groups = [stepwise(s, task.heldout, wanted) for s in task.heldout]
+    found = {True: [], False: []}
+    for group, scores in zip(groups, head_outputs(trained, groups, "step_scores")):
+        for k, completion in enumerate(group.completions):
+            ends = group.extras["step_mask:KT"][k] > 0
+            for score, kind in zip(
+                scores[k, : len(completion)][ends], group.extras["step_labels:KT"][k][ends]
+            ):
+                found[bool(kind)].append(score)
+    return np.array([float(a > b) for a, b in zip(found[True], found[False])])

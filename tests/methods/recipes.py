@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from experiments import quickstart
 from paxo.data.records import TokenGroup
 from tests.methods.task import STRENGTH, Sampled
 
@@ -36,6 +37,7 @@ def extras_of(sample: Sampled, places, wanted: frozenset[str]) -> dict:
         "win_rates": win_rates(sample.rewards)[list(places)],
         "preference_scores": STRENGTH * (rewards - mean),
         "advantages": (rewards - mean) / spread,
+        "flip_rates": np.float32(0.1),
     }
     return {name: value for name, value in per_candidate.items() if name in wanted}
 
@@ -80,7 +82,23 @@ def by_token(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> 
         "returns": spread(sample.rewards),
         "previous_values": spread(np.zeros(6)),
     }
-    return dataclasses.replace(group, extras={n: x for n, x in arrays.items() if n in wanted})
+    return dataclasses.replace(
+        group, extras={f"{n}:KT": x for n, x in arrays.items() if n in wanted}
+    )
+
+
+def judged(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> TokenGroup:
+    """All candidates; a judge passes those above the mean, a baseline has the mean reward."""
+    group = rewarded(sample, others, frozenset())
+    mean = sample.rewards.mean()
+    arrays = {
+        "rewards": STRENGTH * sample.rewards,
+        "baseline_rewards": np.full(6, STRENGTH * mean),
+        "passed": sample.rewards > mean,
+        "constraint_rewards": (sample.rewards - 1.0) / (sample.rewards.std() + 1e-3),
+    }
+    arrays = {n: np.asarray(x, np.float32) for n, x in arrays.items() if n in wanted}
+    return dataclasses.replace(group, extras=arrays)
 
 
 def unpaired(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> list[TokenGroup]:
@@ -89,20 +107,6 @@ def unpaired(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> 
     if "density_ratios" in wanted:
         group = [dataclasses.replace(g, extras={"density_ratios": np.float32(1)}) for g in group]
     return group
-
-
-def mismatched(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> list[TokenGroup]:
-    """The same, each with a completion of another prompt, label 0."""
-    other = others[(sample.index + 7) % len(others)].group
-    return [
-        dataclasses.replace(
-            group,
-            completions=(*group.completions, other.completions[2]),
-            finished=(*group.finished, other.finished[2]),
-            labels=(*group.labels, 0.0),
-        )
-        for group in unpaired(sample, others, wanted)
-    ]
 
 
 def blind(sample: Sampled, others: list[Sampled], wanted: frozenset[str]) -> TokenGroup:
@@ -122,6 +126,59 @@ def shown_in_any_order(sample: Sampled, others, wanted: frozenset[str]) -> Token
     return places(*((0, 5), (5, 0))[sample.index % 2], labels=((1, 0), (0, 1))[sample.index % 2])(
         sample, others, wanted
     )
+
+
+def with_degree(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """A pair, and how far apart the two are, in four degrees."""
+    gap = sample.rewards[0] - sample.rewards[5]
+    return sample.choose(
+        (0, 5), (1, 0), degree_labels=np.float32(np.digitize(gap, (0.3, 0.5, 0.7)))
+    )
+
+
+def clauses(completion: np.ndarray) -> np.ndarray:
+    """`[T]` 1 on the last token of each clause: before "and", "but" and the end."""
+    glue = [quickstart.vocabulary().index(word) for word in ("and", "but")]
+    ends = np.zeros(len(completion), np.float32)
+    ends[:-1] = np.isin(completion[1:], [*glue, 2])
+    ends[-1] = not ends.any()
+    return ends
+
+
+def stepwise(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """Four graded completions cut into clauses, and whether each clause is kind."""
+    group = graded(sample, others, frozenset())
+    ends = tuple(clauses(c) for c in group.completions)
+    arrays = {
+        "step_ends": ends,
+        "step_mask": ends,
+        "step_similarities": tuple(np.full(len(e), 0.5, np.float32) for e in ends),
+        "step_labels": tuple(_kind(c, e) for c, e in zip(group.completions, ends)),
+    }
+    return dataclasses.replace(
+        group, extras={f"{n}:KT": x for n, x in arrays.items() if n in wanted}
+    )
+
+
+def _kind(completion: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """`[T]` 1 at the end of each clause whose words are good on the whole."""
+    words = quickstart.vocabulary()
+    values = [quickstart.SENTIMENT.get(words[token], 0.0) for token in completion]
+    kind, clause = np.zeros(len(ends), np.float32), 0.0
+    for t, value in enumerate(values):
+        clause += value
+        if ends[t]:
+            kind[t], clause = clause > 0, 0.0
+    return kind
+
+
+def segments(sample: Sampled, others, wanted: frozenset[str]) -> TokenGroup:
+    """Pairs judged by reward plus the change of a potential, which the scores must not learn."""
+    rng = np.random.default_rng(sample.index)
+    end = rng.uniform(-0.3, 0.3, 2)
+    order = np.argsort(-(sample.rewards[[0, 5]] + end))
+    chosen = np.array((0, 5))[order]
+    return sample.choose(chosen, (1, 0), start_values=np.zeros(2), end_values=end[order])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +207,11 @@ def _all(recipe: Recipe, *names: str) -> dict[str, Recipe]:
 
 
 RECIPES = {
+    # At a margin of 0 and its usual tau, 0.05, its gradient leads down: a local optimum lies there.
+    "discopop": Recipe(hyper={"tau": 1.0}),
+    "onpo": Recipe(hyper={"eta": 5.0}),
     **_all(Recipe(unpaired), "apo_zero_unpaired", "nca_unpaired", "bco"),
-    "kto": Recipe(mismatched),
+    "kto": Recipe(unpaired),  # the packer adds the mismatched completions
     "bpo": Recipe(blind),
     **_all(Recipe(places(0, 5, 1)), "rationale_dpo", "triple_po", "triple_po_l"),
     **_all(Recipe(places(0, 5, 2, 3)), "xpo", "vpo", "selm", "hypo"),
@@ -162,15 +222,27 @@ RECIPES = {
         *("pairwise_soft01", "approx_ndcg", "neural_ndcg", "infonca", "nca", "exo"),
         *("diff_ndcg", "drpo_rank"),
     ),
-    **_all(Recipe(soft_pairs), "online_ipo_v2", "online_ipo", "ipo_md"),
+    "online_ipo_v2": Recipe(soft_pairs),
+    **_all(Recipe(soft_pairs, {"tau": 0.1}), "online_ipo", "ipo_md"),
     **_all(
         Recipe(rewarded),
         *("nash_md_pg", "sppo", "gpo", "mdpo", "grpo", "cispo", "sapo", "rloo", "copg"),
     ),
     "ppo_policy": Recipe(by_token),
+    "rationale_orpo": Recipe(places(0, 5, 1)),
+    **_all(Recipe(graded), "slic_list", "gumbel"),
+    **_all(Recipe(judged), "cgpo_crpg", "cgpo_codpo", "cgpo_crraft", "constrained_rlhf"),
+    **_all(Recipe(rewarded), "brain", "oreo"),
+    "oreo_policy": Recipe(rewarded),
+    "oreo_value": Recipe(rewarded, promise="accuracy", head="values"),
     "ppo_value": Recipe(by_token, promise="accuracy", head="values"),
     "bradley_terry": Recipe(promise="accuracy", head="scores"),
     "plackett_luce_reward": Recipe(graded, promise="accuracy", head="scores"),
     "pair_preference": Recipe(shown_in_any_order, promise="accuracy", head="scores"),
     "general_preference": Recipe(promise="accuracy", head="embeddings"),
+    "regret_preference": Recipe(segments, promise="accuracy", head="scores"),
+    "prm": Recipe(stepwise, promise="accuracy", head="step_scores"),
+    "tpo_tree": Recipe(stepwise),
+    "spo_degree": Recipe(with_degree),
+    "opa_dpo": Recipe(places(0, 1, 5, 3, 4)),
 }

@@ -16,6 +16,7 @@ from paxo import runs, scoring
 from paxo.data.batching import Batches
 from paxo.data.packing import RowShape, choose_shape
 from paxo.data.records import TokenGroup
+from paxo.data.unpaired import Mismatch
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.models.heads import with_heads
 from paxo.models.sharding import make_mesh
@@ -158,8 +159,9 @@ def train(task: Task, objective: Objective, groups: list[TokenGroup], *, lr, ste
     state = state.replace(frozen=frozen)
     step = jax.jit(make_train_step(policy, objective, optimizer))
     scorer = make_scorer(task.draw.model.policy, task.params)
-    shape = choose_shape(groups, row_length=ROW_LENGTH)
-    batches = Batches(groups, shape, ROWS, seed=0, prefetch=0)
+    mismatch = Mismatch() if objective.mismatched else None
+    shape = choose_shape(groups, row_length=ROW_LENGTH, mismatch=mismatch)
+    batches = Batches(groups, shape, ROWS, seed=0, prefetch=0, mismatch=mismatch)
     losses = []
     for _ in range(steps):
         batch = next(batches)

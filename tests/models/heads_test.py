@@ -16,7 +16,8 @@ from tests.made import TINY, made_batch, tiny_policy
 
 @pytest.fixture(scope="module")
 def model():
-    policy = with_heads(tiny_policy()[0], TINY.hidden_size, ["scores", "values"])
+    names = ["scores", "values", "step_scores", "embeddings:6", "degree_logits:3"]
+    policy = with_heads(tiny_policy()[0], TINY.hidden_size, names)
     return policy, policy.init(jax.random.key(0))
 
 
@@ -26,10 +27,10 @@ def alone(policy, params, prompt, completion):
     return policy.trunk(params, tokens, jnp.arange(tokens.shape[1])[None], ones, ones - 1)[0]
 
 
-def test_scores_read_the_last_token_and_values_the_predicting_ones_of_each_sequence_alone(model):
+def test_heads_read_the_last_the_own_or_the_predicting_tokens_of_each_sequence_alone(model):
     policy, params = model
     batch = made_batch(6, rows=3, ragged=True, candidates=3)
-    names = ["scores", "values"]
+    names = ["scores", "values", "step_scores"]
     out = jax.jit(lambda p, b: head_outputs(policy, p, b, names, all_hidden(policy, p, b)))(
         params, batch
     )
@@ -43,6 +44,10 @@ def test_scores_read_the_last_token_and_values_the_predicting_ones_of_each_seque
             values[: len(completion)], policy.heads["values"](params, before), atol=1e-5
         )
         assert not values[len(completion) :].any()
+        scores = out["step_scores"][row, g, k]
+        own = policy.heads["step_scores"](params, states[len(prompt) :])
+        np.testing.assert_allclose(scores[: len(completion)], own, atol=1e-5)
+        assert not scores[len(completion) :].any()
 
 
 def test_a_loss_that_names_a_head_trains_it(model):
@@ -75,6 +80,37 @@ def test_a_loss_that_names_a_missing_head_is_refused():
     state = init_state(params, objective, optimizer, jax.random.key(0))
     with pytest.raises(ValueError, match="needs scores, which nobody provides"):
         jax.eval_shape(make_train_step(policy, objective, optimizer), state, made_batch(2, rows=1))
+
+
+def test_embeddings_read_each_candidates_last_token_and_degrees_that_of_the_groups_last(model):
+    policy, params = model
+    batch = made_batch(6, rows=3, ragged=True, candidates=3)
+    names = ["embeddings", "degree_logits"]
+    out = head_outputs(policy, params, batch, names, all_hidden(policy, params, batch))
+    assert out["embeddings"].shape == (*batch.where.shape, 6)
+    assert out["degree_logits"].shape == (*batch.where.shape[:-1], 3)
+    last = {}
+    for row, g, k, prompt, completion in sequence_tokens(batch):
+        state = last[row, g] = alone(policy, params, prompt, completion)[-1]
+        expected = policy.heads["embeddings"](params, state)
+        np.testing.assert_allclose(out["embeddings"][row, g, k], expected, atol=1e-5)
+    for (row, g), state in last.items():
+        expected = policy.heads["degree_logits"](params, state)
+        np.testing.assert_allclose(out["degree_logits"][row, g], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("values:3", "only vectors have a width, such as embeddings:2, degree_logits:4"),
+        ("degree_logits:0", "only vectors have a width"),
+        ("embeddings:x", "only vectors have a width"),
+        ("embeddings:3", "give an even width"),
+    ],
+)
+def test_heads_of_a_wrong_width_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        with_heads(tiny_policy()[0], 16, [name])
 
 
 def test_unknown_heads_are_refused():
