@@ -6,17 +6,21 @@ one shape, so that nothing is compiled twice, and reads a head or the log-probs 
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from jax.sharding import Mesh
 
 from paxo.data.packing import pack_groups, pad_rows
 from paxo.data.records import Record
 from paxo.data.row_shape import RowShape
 from paxo.data.tokenise import TextTokenizer, TokenLimits, tokenise
+from paxo.losses.reward import general_preference_scores
 from paxo.scoring import all_hidden, head_outputs, place_rows, sequence_logps
 from paxo.types import Array, Params, Policy, PreferenceBatch
 
@@ -128,6 +132,70 @@ class VerdictScorer:
             for prompt, first, second in zip(prompts, firsts, seconds)
         ]
         return self.scorer(shown, [self.verdicts] * len(shown))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadScorer:
+    """Rewards of the candidates of packed rows: what `reward_accuracy` takes for a `Scorer`.
+
+    Attributes:
+        policy: has the head.
+        params: its parameters, on the devices.
+        head: "scores", or "embeddings", for which a candidate's reward is the sum of its scores
+            against the others of its group.
+        mesh: where batches of host arrays are placed.
+    """
+
+    policy: Policy
+    params: Params
+    head: str = "scores"
+    mesh: Mesh | None = None
+
+    def __call__(self, batch: PreferenceBatch) -> Array:
+        """`[R, G, K]` float32, 0 where there is no candidate."""
+        batch = batch.replace(fixed_logps={}, fixed_token_logps={}, fixed_hidden={}, extras={})
+        if self.mesh is None:
+            return _rewards(self.policy, self.head, self.params, batch)
+        with jax.set_mesh(self.mesh):
+            rows = place_rows(batch, self.mesh)
+            return _rewards(self.policy, self.head, self.params, rows)
+
+
+def save_heads(params: Params, path: str | pathlib.Path) -> None:
+    """Writes the heads' parameters, which an exported model folder does not hold."""
+    flat = {
+        f"{name}.{part}": np.asarray(x)
+        for name, head in params["heads"].items()
+        for part, x in head.items()
+    }
+    pathlib.Path(path).write_bytes(safetensors.numpy.save(flat))
+
+
+def load_heads(params: Params, path: str | pathlib.Path) -> Params:
+    """The parameters with the heads of a file of `save_heads`.
+
+    Raises:
+        ValueError: if the file holds other heads than `params`, or of another size.
+    """
+    flat = safetensors.numpy.load_file(path)
+    expected = {f"{n}.{p}": x for n, head in params["heads"].items() for p, x in head.items()}
+    sizes, found = ({n: x.shape for n, x in d.items()} for d in (expected, flat))
+    if sizes != found:
+        raise ValueError(f"{path}: expected heads {sizes}; got {found}")
+    heads = {
+        name: {part: jax.device_put(flat[f"{name}.{part}"], x.sharding) for part, x in head.items()}
+        for name, head in params["heads"].items()
+    }
+    return {**params, "heads": heads}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rewards(policy: Policy, head: str, params: Params, batch: PreferenceBatch) -> Array:
+    found = _outputs(policy, head, params, batch)
+    if head == "embeddings":
+        both = batch.where[..., :, None] & batch.where[..., None, :]
+        found = jnp.sum(jnp.where(both, general_preference_scores(found), 0.0), axis=-1)
+    return jnp.where(batch.where, found, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

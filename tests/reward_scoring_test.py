@@ -14,7 +14,15 @@ from paxo.models.heads import with_heads
 from paxo.models.policy import make_policy
 from paxo.models.pretrained import load_params, read_config
 from paxo.models.sharding import make_mesh
-from paxo.reward_scoring import CompletionScorer, VerdictScorer, _outputs
+from paxo.reward_scoring import (
+    CompletionScorer,
+    HeadScorer,
+    VerdictScorer,
+    _outputs,
+    load_heads,
+    save_heads,
+)
+from tests.made import made_batch
 
 SHAPE = RowShape(length=96, slots=48, groups=4, candidates=3, max_completion=24)
 PROMPTS = ["Once upon a time, a cat", "The sun", "Lily saw a big dog. She"]
@@ -129,3 +137,36 @@ def test_verdicts_about_two_texts_make_a_pairwise_judge(model, output):
     there, back = (bradley_terry(verdicts(PROMPTS, *pair))[:, 0, 1]
                    for pair in (zip(*TEXTS), zip(*[row[::-1] for row in TEXTS])))  # fmt: skip
     np.testing.assert_allclose(p[:, 0, 1], (there + 1 - back) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["scores", "embeddings"])
+def test_rewards_of_packed_rows_compare_the_candidates_that_are_there(model, head):
+    policy, params, _ = model
+    batch = made_batch(6, candidates=3, ragged=True)
+    found = np.asarray(HeadScorer(policy, params, head)(batch))
+    outputs = np.asarray(_outputs(policy, head, params, batch))
+    expected = np.zeros(batch.where.shape)
+    for place in np.argwhere(batch.where):
+        r, g, k = place
+        if head == "scores":
+            expected[r, g, k] = outputs[r, g, k]
+            continue
+        for j in np.flatnonzero(batch.where[r, g]):
+            v, w = outputs[r, g, k], outputs[r, g, j]
+            expected[r, g, k] += (v[0::2] * w[1::2] - v[1::2] * w[0::2]).sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    mesh = make_mesh(data=2, fsdp=4)
+    np.testing.assert_allclose(
+        HeadScorer(policy, params, head, mesh)(batch), found, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_heads_are_written_and_read_back_bit_for_bit(model, tmp_path):
+    _, params, _ = model
+    save_heads(params, tmp_path / "heads.safetensors")
+    zeros = {**params, "heads": jax.tree.map(jnp.zeros_like, params["heads"])}
+    found = load_heads(zeros, tmp_path / "heads.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    other = {**params, "heads": {"scores": params["heads"]["scores"]}}
+    with pytest.raises(ValueError, match=r"expected heads .*got .*embeddings"):
+        load_heads(other, tmp_path / "heads.safetensors")
