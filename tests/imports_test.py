@@ -16,7 +16,7 @@ ROWS = (
     ({"types", "numerics"},),
     ({"losses"},),
     ({"objectives", "metrics"}, {"models"}, {"data"}, {"judges"}),
-    ({"scoring", "logp_store", "chunked_head"}, {"sampling"}, {"games"}),
+    ({"scoring", "logp_store", "chunked_head", "reward_scoring"}, {"sampling"}, {"games"}),
     ({"training"},),
     ({"evaluation"}, {"online"}),
     ({"experiment", "loading", "runs", "artifacts", "plan", "cli", "overrides", "provenance"},),
