@@ -30,8 +30,3 @@ def experiment() -> Experiment:
         objective=paxo.objective("general_preference", temperature=0.1),
         model=dataclasses.replace(settings.model, heads=("embeddings:6",)),
     )
-
-
-def run(settings: Experiment, workdir: pathlib.Path) -> None:
-    """Trains, measures and exports as a reward model does."""
-    load(REWARD).run(settings, workdir)

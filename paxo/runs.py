@@ -3,7 +3,6 @@
 `train` alone is one training run; experiments with several (SFT, then DPO) call it for each.
 """
 
-import dataclasses
 import functools
 import logging
 import pathlib
@@ -24,9 +23,9 @@ from paxo.data.unpaired import Mismatched
 from paxo.evaluation.estimates import Estimate
 from paxo.evaluation.heldout import nll_per_token, reward_accuracy, sign_accuracy
 from paxo.evaluation.report import print_table, write_results
-from paxo.experiment import Experiment, ReferenceSettings, TrainSettings
+from paxo.experiment import Experiment, TrainSettings
+from paxo.frozen import attached, frozen_params, frozen_scorers
 from paxo.loading import (
-    Model,
     batches,
     heldout_batches,
     load_data,
@@ -35,13 +34,13 @@ from paxo.loading import (
     row_shape,
     token_limits,
 )
-from paxo.logp_store import LogpStore
 from paxo.models.heads import HEADS
 from paxo.models.pretrained import read_config, resolve_model
 from paxo.models.sharding import make_mesh, param_shardings
-from paxo.objectives import HIDDEN_ROLE, Objective
+from paxo.objectives import Objective
 from paxo.overrides import SettingsError
-from paxo.scoring import FixedScorer, StoredScorer, attach_logps, make_scorer
+from paxo.reward_scoring import HeadScorer, save_heads
+from paxo.scoring import make_scorer
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.loop import fit
 from paxo.training.optimizers import AdamW
@@ -75,11 +74,12 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         workdir, model.config, model.tokenizer, model.folder, data.heldout or data.groups
     )
     first = snapshot(model.params)
-    scorers = _scorers(settings, model, first, mesh, workdir)
-    attach = functools.partial(_attached, settings.objective, scorers) if scorers else None
+    scorers = frozen_scorers(settings, model, first, mesh, workdir)
+    attach = functools.partial(attached, settings.objective, scorers) if scorers else None
     # Rewards are read from sums alone.
-    attach_sums = functools.partial(_attached, None, scorers)
+    attach_sums = functools.partial(attached, None, scorers)
 
+    reward_head = _reward_head(settings.objective)
     pairs = any(len(group.labels) > 1 for group in data.heldout)
     signs = settings.objective.unpaired and not pairs
     figure = "heldout_accuracy" if pairs or signs else "heldout_nll"
@@ -87,8 +87,10 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     def measure(params: Params) -> Estimate | None:
         if not data.heldout:
             return None
-        scorer = make_scorer(model.policy, params, mesh=mesh)
         rows = heldout_batches(data, settings.train.rows_per_batch)
+        if reward_head and pairs:
+            return reward_accuracy(HeadScorer(model.policy, params, reward_head, mesh), rows)
+        scorer = make_scorer(model.policy, params, mesh=mesh)
         if not pairs and not signs:
             return nll_per_token(scorer, rows)
         accuracy = sign_accuracy if signs else reward_accuracy
@@ -118,7 +120,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         workdir,
         attach=attach,
         evaluate=evaluate,
-        frozen=_frozen(settings.objective, scorers),
+        frozen=frozen_params(settings.objective, scorers),
     )
     if int(state.step) not in measured:  # a finished run was started again
         evaluate(state)
@@ -137,6 +139,8 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         artifacts.export_model(
             state.params, model.config, workdir / "export", model.tokenizer, model.folder
         )
+        if heads and jax.process_index() == 0:
+            save_heads(state.params, workdir / "export" / "heads.safetensors")
     results["seconds"] = time.perf_counter() - start
     if jax.process_index() == 0:
         write_results(workdir / "results.json", results)
@@ -301,95 +305,11 @@ def _mesh(settings: Experiment) -> Mesh:
     return mesh
 
 
-def _scorers(
-    settings: Experiment, model: Model, first: Params, mesh: Mesh, workdir: pathlib.Path
-) -> dict[str, FixedScorer | StoredScorer]:
-    """Role -> the scorer of its frozen policy, for all roles that are attached to batches."""
-    objective = settings.objective
-    given = {"reference": settings.reference, "previous": settings.previous}
-    unknown = sorted(set(objective.frozen_roles) - set(given))
-    if unknown:
-        raise SettingsError(
-            f"objective {objective.name!r} needs the roles {unknown}, but settings give "
-            f"{', '.join(given)} only: a file with such policies defines run(settings, workdir) "
-            "and attaches them itself"
-        )
-    asked = {role for role in objective.optional_roles if role in given and given[role].attach}
-    for role in sorted({*objective.optional_roles} - asked):
-        logger.info(
-            "objective %r goes without role %r, which is optional; %s.attach=True gives it",
-            objective.name,
-            role,
-            role,
-        )
-    made: dict[tuple, FixedScorer | StoredScorer] = {}
-    scorers = {}
-    for role, chosen in given.items():
-        if role not in objective.frozen_roles and role not in asked:
-            continue
-        same = chosen.path, chosen.store
-        if role == "previous" and chosen.path is None:
-            logger.info("role 'previous' is the policy that training starts from")
-        if same not in made:
-            if chosen.store in {store for _, store in made} - {None, "off"}:
-                raise SettingsError(
-                    f"{role}.store={chosen.store} is that of another policy, but a store is "
-                    "written by one: name another folder"
-                )
-            # A store is written by one scorer: those of other policies have folders of their own.
-            folder = workdir / "logps" / ("" if not made else role)
-            made[same] = _scorer(settings, chosen, model, first, mesh, folder)
-        scorers[role] = made[same]
-    return scorers
-
-
-def _scorer(
-    settings: Experiment,
-    chosen: ReferenceSettings,
-    model: Model,
-    first: Params,
-    mesh: Mesh,
-    folder: pathlib.Path,
-) -> FixedScorer | StoredScorer:
-    """The scorer of one frozen policy, with its log-probs kept in `folder` or another."""
-    if chosen.path is not None:
-        other = load_model(dataclasses.replace(settings.model, path=chosen.path), mesh)
-        scorer = make_scorer(other.policy, other.params, mesh=mesh)
-        config = other.config
-    else:
-        scorer, config = make_scorer(model.policy, first, mesh=mesh), model.config
-    if chosen.store == "off":
-        return scorer
-    # All that the values depend on besides the token ids.
-    fingerprint = (
-        f"{scorer.fingerprint()} {model.tokenizer.fingerprint()} {config.compute_dtype} {config}"
-    )
-    store = LogpStore(chosen.store or folder, fingerprint, process=jax.process_index())
-    return StoredScorer(scorer, store)
-
-
-def _attached(
-    objective: Objective | None, scorers: dict[str, Any], batch: PreferenceBatch
-) -> PreferenceBatch:
-    """The batch with what the objective reads of each role; with None only the sums."""
-    for role, scorer in scorers.items():
-        tokens = objective is not None and objective.reads_tokens(role)
-        hidden = objective is not None and objective.reads_hidden(role)
-        batch = attach_logps(batch, role, scorer, tokens=tokens, hidden=hidden)
-    return batch
-
-
-def _frozen(objective: Objective, scorers: dict[str, Any]) -> Params:
-    """What the step keeps of frozen policies: the head that makes distributions of hidden states.
-
-    The hidden states themselves are a thousand times larger than log-probs and stored nowhere: the
-    frozen policy's trunk runs in every step.
-    """
-    if not objective.reads_hidden(HIDDEN_ROLE) or HIDDEN_ROLE not in scorers:
-        return {}
-    scorer = scorers[HIDDEN_ROLE]
-    fixed = scorer.scorer if isinstance(scorer, StoredScorer) else scorer
-    return {"reference_head": fixed.policy.unembed(fixed.params)}
+def _reward_head(objective: Objective) -> str | None:
+    """The head that says what a candidate is worth, where the policy's log-probs do not."""
+    heads = [name for name in ("scores", "embeddings") if name in objective.arrays]
+    policy = {"policy_logps", "policy_token_logps"} & objective.arrays.keys()
+    return heads[0] if heads and not policy else None
 
 
 def _print_heldout(figure: str, before: Estimate, after: Estimate) -> None:

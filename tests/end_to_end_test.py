@@ -15,7 +15,7 @@ import pytest
 from paxo import experiment, loading, runs
 from paxo.models.pretrained import load_params, read_config
 from paxo.models.sharding import make_mesh
-from paxo.scoring import FixedScorer, StoredScorer
+from paxo.scoring import FixedScorer, StoredScorer, attach_logps, make_scorer
 from paxo.training.checkpoint import read_params
 from tests.made_run import (
     SAMPLES,
@@ -309,7 +309,7 @@ def test_a_run_goes_on_from_the_same_state_on_another_mesh(file, tmp_path):
     def train(mesh, workdir, train_settings):
         model = loading.load_model(settings.model, mesh)
         data = loading.load_data(settings.data, model)
-        scorer = runs.make_scorer(model.policy, model.params, mesh=mesh)
+        scorer = make_scorer(model.policy, model.params, mesh=mesh)
         # The schedule is that of the whole run, however far this part of it goes.
         optimizer = dataclasses.replace(settings.optimizer, decay_steps=4)
         return runs.train(
@@ -321,7 +321,7 @@ def test_a_run_goes_on_from_the_same_state_on_another_mesh(file, tmp_path):
             train_settings,
             mesh,
             workdir,
-            attach=lambda batch: runs.attach_logps(batch, "reference", scorer),
+            attach=lambda batch: attach_logps(batch, "reference", scorer),
         )
 
     alone = train(one, tmp_path / "one", settings.train)

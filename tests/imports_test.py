@@ -19,7 +19,12 @@ ROWS = (
     ({"scoring", "logp_store", "chunked_head", "reward_scoring"}, {"sampling"}, {"games"}),
     ({"training"},),
     ({"evaluation"}, {"online"}),
-    ({"experiment", "loading", "runs", "artifacts", "plan", "cli", "overrides", "provenance"},),
+    (
+        {
+            *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli"),
+            *("overrides", "provenance"),
+        },
+    ),
 )
 # Not even from the rows above: these take models, data and judges as arguments.
 BARRED = {
