@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 
-from paxo.objectives import LOSSES, method_table
+from paxo.objectives import LOSSES, method_table, objective
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "methods.json"
@@ -19,17 +19,21 @@ BEGIN, END = "<!-- methods: python -m benchmarks.method_table -->", "<!-- end of
 FAMILIES = {
     "Pairs with a reference": (
         *("pairwise", "noisy", "links", "margins", "imitation", "divergence", "anchored"),
-        *("length", "batchwise", "multi", "denoising"),
+        *("length", "batchwise", "multi", "uncertain"),
     ),
-    "Without a reference": ("reference_free", "triple", "comparisons"),
+    "Without a reference": (
+        *("reference_free", "rationale", "triple", "comparisons", "calibration"),
+    ),
     "Token by token": ("tokenwise",),
     "One completion at a time": ("pointwise",),
     "Lists": (
-        *("listwise", "lipo", "learning_to_rank", "contrastive", "soft_ranking", "tree"),
-        "calibration",
+        *("listwise", "lipo", "learning_to_rank", "gumbel", "contrastive", "soft_ranking", "tree"),
     ),
-    "Games and self-play": ("nash", "selfplay", "exploration"),
-    "Rewards: policy gradient and regression": ("policy_gradient", "group_relative", "regression"),
+    "Games and self-play": ("nash", "selfplay", "magnetic", "exploration"),
+    "Rewards: policy gradient and regression": (
+        *("policy_gradient", "group_relative", "regression", "soft_bellman", "posterior"),
+        *("constrained", "mixture_of_judges"),
+    ),
     "Reward and preference models": ("reward", "steps"),
     "Likelihood": ("likelihood",),
     "Written as logic": ("semantic",),
@@ -43,7 +47,10 @@ def families() -> dict[str, list[str]]:
     home = {file: title for title, files in FAMILIES.items() for file in files}
     found = {title: [] for title in FAMILIES}
     for name, loss in LOSSES.items():
-        found[home[loss.__module__.rpartition(".")[2]]].append(name)
+        title = home[loss.__module__.rpartition(".")[2]]
+        if title == "Pairs with a reference" and not objective(name).frozen_roles:
+            title = "Without a reference"
+        found[title].append(name)
     return found
 
 
@@ -74,7 +81,7 @@ def written(readme: str, figures: dict[str, dict]) -> str:
 
 def _line(row: dict, figure: dict | None) -> str:
     match = ARXIV.match(row["paper"])
-    paper = f"[{row['paper']}]({row['paper']})"
+    paper = f"[{row['paper'].removeprefix('https://')}]({row['paper']})"
     if match:
         who, number, _ = match.groups()
         paper = f"{who}, [{number}](https://arxiv.org/abs/{number})"

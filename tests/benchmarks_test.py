@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from benchmarks import dpo_step, losses
+from benchmarks import dpo_step, losses, method_table
+from paxo.objectives import LOSSES
 from tests.made_run import PROJECT
 
 
@@ -63,3 +64,10 @@ def test_lists_grow_with_the_square_of_their_length_at_most():
 def test_a_loss_is_timed_in_turns_with_dpo():
     assert 0.3 < losses.times_dpo("dpo", laps=5, calls=3) < 3
     assert losses.times_dpo("semantic", laps=5, calls=3) > 1.2
+
+
+def test_the_readme_has_the_table_of_all_methods_with_their_figures():
+    figures = json.loads(method_table.FIGURES.read_text())
+    assert figures.keys() == LOSSES.keys()
+    readme = (PROJECT / "README.md").read_text()
+    assert method_table.written(readme, figures) == readme, "python -m benchmarks.method_table"
