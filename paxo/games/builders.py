@@ -221,7 +221,7 @@ class _TorchStream:
     """torch's CPU random numbers after `manual_seed`, from numpy's Mersenne twister."""
 
     def __init__(self, seed: int):
-        self.twister = np.random.RandomState(seed)  # noqa: NPY002  (torch's own generator)
+        self.twister = np.random.RandomState(seed)
 
     def uniforms(self, number: int) -> np.ndarray:
         """As `torch.rand`: the low 24 bits of 32."""

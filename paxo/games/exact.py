@@ -59,8 +59,8 @@ def payoff(game: PreferenceGame, first: Array, second: Array) -> Array:
 def best_response(game: PreferenceGame, opponent: Array) -> Array:
     r"""`[..., N]` log-probs of the policy that maximises V(., opponent).
 
-    $\pi \propto \mathrm{ref}\,e^{w/\beta}$ with the win rates $w$ against the opponent; for beta = 0
-    all on the first action with the highest win rate.
+    $\pi \propto \mathrm{ref}\,e^{w/\beta}$ with the win rates $w$ against the opponent; for beta =
+    0 all on the first action with the highest win rate.
     """
     rates = game.win_rates(opponent)
     soft = jax.nn.log_softmax(game.reference_logps + rates / jnp.where(game.beta > 0, game.beta, 1))

@@ -148,7 +148,7 @@ def _check_values(preferences: Any, reference: Any, beta: Any) -> None:
         *lead, i = np.argwhere(wrong)[0]
         raise ValueError(
             f"preferences{_index([*lead, i, i])} must be 1/2, an action against itself; got "
-            f"{diagonal[tuple([*lead, i])]:g}"
+            f"{diagonal[(*lead, i)]:g}"
         )
     transposed = np.swapaxes(preferences, -1, -2)
     wrong = np.abs(preferences + transposed - 1) > ROUNDING
