@@ -18,7 +18,7 @@ True
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -37,7 +37,7 @@ def expected_loss(
     game: PreferenceGame,
     logits: Array,
     *,
-    sampler: Array | None = None,
+    sampler: Array | Sequence[Array] | None = None,
     opponent: Array | None = None,
     previous: Array | None = None,
     reference: Array | None = None,
@@ -59,7 +59,8 @@ def expected_loss(
         loss: an objective, or a loss function whose hyper-parameters have been bound.
         game: one or several.
         logits: `[..., N]` of the live policy, differentiated.
-        sampler: `[..., N]` logits that actions are drawn from; uniform where None.
+        sampler: `[..., N]` logits that actions are drawn from; uniform where None. K of them draw
+            each candidate from its own.
         opponent: `[..., N]` logits that `win_rates` and `preference_scores` are against; the live
             policy where None.
         previous: `[..., N]` logits of the snapshot, where the loss names `previous_logps`.
@@ -77,13 +78,14 @@ def expected_loss(
     """
     if hard_labels and candidates != 2:
         raise ValueError(f"hard_labels=True is for pairs; got candidates={candidates}")
-    parts = _parts(game, logits, sampler, opponent, previous, reference, extras)
+    samplers = _samplers(sampler, candidates)
+    parts = _parts(game, logits, samplers, opponent, previous, reference, extras)
 
     def on_one(parts: dict[str, Any]) -> Array:
         preferences, against = parts["preferences"], jax.nn.softmax(parts["opponent"])
         groups = _AllGroups(game.num_actions, candidates)
         judged = groups.judged(preferences)
-        weights = groups.weights(jax.nn.log_softmax(parts["sampler"]))
+        weights = groups.weights([jax.nn.log_softmax(x) for x in parts["sampler"]])
         judge = {
             "win_rates": lambda: groups.values(preferences @ against),
             "preference_scores": lambda: groups.values(_logit(preferences) @ against),
@@ -92,8 +94,8 @@ def expected_loss(
         for term in _terms(loss):
             given, weighted = dict(judge), weights
             if candidates == 2 and (hard_labels or "labels" not in term.arrays):
-                # Of a pair in both orders the judge's word makes one "winner first".
-                weighted = weights * 2 * judged[..., 0, 1]
+                # Either of the pair may be the winner: it then stands first.
+                weighted = (weights + weights.T) * judged[..., 0, 1]
                 given["labels"] = lambda: jnp.broadcast_to(jnp.array([1, 0]), (*weights.shape, 2))
             else:
                 given["labels"] = lambda: _soft_labels(judged)
@@ -111,7 +113,7 @@ def sampled_loss(
     key: Array,
     *,
     num_samples: int,
-    sampler: Array | None = None,
+    sampler: Array | Sequence[Array] | None = None,
     opponent: Array | None = None,
     previous: Array | None = None,
     reference: Array | None = None,
@@ -137,24 +139,25 @@ def sampled_loss(
         candidates: K.
         extras: see there.
     """
-    parts = _parts(game, logits, sampler, opponent, previous, reference, extras)
-    parts["key"] = jax.random.split(key, game.batch_shape) if game.batch_shape else key
+    samplers = _samplers(sampler, candidates)
+    parts = _parts(game, logits, samplers, opponent, previous, reference, extras)
+    for_draws, for_loss = jax.random.split(key)
+    shape = (*game.batch_shape, num_samples, candidates + 2)
+    parts["uniform"] = jax.random.uniform(for_draws, shape, parts["policy"].dtype)
 
     def on_one(parts: dict[str, Any]) -> Array:
-        preferences = parts["preferences"]
-        for_actions, for_opponents, for_verdicts, for_loss = jax.random.split(parts["key"], 4)
-        draw = jax.random.categorical
-        index = draw(for_actions, parts["sampler"], shape=(num_samples, candidates))
-        against = draw(for_opponents, parts["opponent"], shape=(num_samples,))[:, None]
-        uniform = jax.random.uniform(for_verdicts, (num_samples,), preferences.dtype)
+        preferences, uniform = parts["preferences"], parts["uniform"]
+        drawn = [_drawn(uniform[:, k], x) for k, x in enumerate(parts["sampler"])]
+        index = jnp.stack(drawn, -1)
+        against = _drawn(uniform[:, candidates, None], parts["opponent"])
         weights = jnp.full(num_samples, 1 / num_samples, preferences.dtype)
         total = jnp.zeros((), weights.dtype)
         for term in _terms(loss):
             ordered = index
             if candidates == 2 and "labels" not in term.arrays:
-                wins = uniform < preferences[index[:, 0], index[:, 1]]
+                wins = uniform[:, -1] < preferences[index[:, 0], index[:, 1]]
                 ordered = jnp.where(wins[:, None], index, index[:, ::-1])
-            groups = _DrawnGroups(ordered)
+            groups = _DrawnGroups(ordered, game.num_actions)
             matchups = preferences[ordered, against]
             given = {
                 "win_rates": lambda m=matchups: m,
@@ -204,9 +207,9 @@ class _AllGroups:
         ]
         return jnp.stack(rows, -2)
 
-    def weights(self, logps: Array) -> Array:
-        """`[N, ..., N]` probability of each group."""
-        return jnp.exp(jnp.sum(self.values(logps), -1))
+    def weights(self, logps: Sequence[Array]) -> Array:
+        """`[N, ..., N]` probability of each group, its candidates drawn independently."""
+        return jnp.exp(sum(self._along(x, (k,)) for k, x in enumerate(logps)))
 
     def _pair(self, preferences: Array, i: int, j: int) -> Array:
         return self._along(preferences if i < j else preferences.T, (min(i, j), max(i, j)))
@@ -223,16 +226,33 @@ class _DrawnGroups:
     """Those of `index [S, K]`."""
 
     index: Array
+    num_actions: int
 
     def values(self, x: Array) -> Array:
-        return x[self.index]
+        # A comparison instead of a gather, whose gradient would be a scatter: slow on CPUs.
+        hit = self.index[..., None] == jnp.arange(self.num_actions)
+        rest = x.shape[1:]
+        hit = hit.reshape(hit.shape + (1,) * len(rest))
+        return jnp.sum(jnp.where(hit, x, 0), self.index.ndim)
 
     def judged(self, preferences: Array) -> Array:
         own = jnp.eye(self.index.shape[-1], dtype=bool)
         return jnp.where(own, 0.5, preferences[self.index[:, :, None], self.index[:, None, :]])
 
 
-def _parts(game, logits, sampler, opponent, previous, reference, extras) -> dict[str, Any]:
+def _samplers(sampler: Any, candidates: int) -> list[Array | None]:
+    """One for each candidate."""
+    if sampler is None or hasattr(sampler, "shape"):
+        return [sampler] * candidates
+    if len(sampler) != candidates:
+        raise ValueError(
+            f"sampler must be one policy's logits or {candidates}, one a candidate; got "
+            f"{len(sampler)}"
+        )
+    return list(sampler)
+
+
+def _parts(game, logits, samplers, opponent, previous, reference, extras) -> dict[str, Any]:
     """Everything that has one value for each game, with all leading axes of the games."""
     logits = at_least_float32(logits)
     spread = lambda x: jnp.broadcast_to(x, (*game.batch_shape, game.num_actions))  # noqa: E731
@@ -240,7 +260,9 @@ def _parts(game, logits, sampler, opponent, previous, reference, extras) -> dict
     parts = {
         "preferences": game.preferences,
         "policy": spread(logits),
-        "sampler": fixed(jnp.zeros(game.num_actions, logits.dtype) if sampler is None else sampler),
+        "sampler": [
+            fixed(jnp.zeros(game.num_actions, logits.dtype) if x is None else x) for x in samplers
+        ],
         "opponent": fixed(logits if opponent is None else opponent),
         "reference": fixed(game.reference_logps if reference is None else reference),
         "extras": {name: _by_action(game, name, x) for name, x in (extras or {}).items()},
@@ -268,6 +290,12 @@ def _over_games(function: Callable[[dict[str, Any]], Array], parts: Any, batch_s
 
 def _terms(loss: Loss) -> tuple[Term, ...]:
     return loss.terms if isinstance(loss, Objective) else (Term("loss", loss, {}),)
+
+
+def _drawn(uniform: Array, logits: Array) -> Array:
+    """Actions by the inverse of their distribution function: one number each, not N."""
+    below = jnp.cumsum(jax.nn.softmax(logits))
+    return jnp.sum(uniform[..., None] * below[-1] >= below[:-1], -1)
 
 
 def _soft_labels(judged: Array) -> Array:
