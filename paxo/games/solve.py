@@ -13,6 +13,7 @@ not be known here to run here.
 True
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ def solve(
     num_steps: int,
     *,
     params: Params = None,
+    memory: Any = None,
     policy: GamePolicy = TABULAR,
     at: Sequence[int] | None = None,
     key: Array | None = None,
@@ -79,6 +81,7 @@ def solve(
         update: the method, see `paxo.games.updates`.
         num_steps: updates.
         params: to start from; the policy's own first ones where None.
+        memory: of the method at the start; what its `init` makes where None.
         policy: how parameters become logits; must be the one that the update trains.
         at: iterations, rising, that are kept; all of 0..num_steps where None.
         key: random key of first parameters and drawn actions; iteration t uses `fold_in(key, t)`.
@@ -97,6 +100,15 @@ def solve(
     if params is None:
         params = policy.init(jax.random.fold_in(key, 2**31 - 1), game)
 
+    if memory is None:
+        memory = update.init(params, game)
+    stops = jnp.asarray(kept, jnp.int32)
+    params, memory, seen = _run(update, policy, game, params, memory, key, stops, num_steps)
+    return Trajectory(kept, *seen, params, memory)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(update, policy, game, params, memory, key, stops, num_steps):
     def one(loop):
         t, params, memory, total = loop
         total = total + jax.nn.softmax(policy.logits(params))
@@ -110,13 +122,8 @@ def solve(
         mean = jnp.where(t > 0, total / jnp.maximum(t, 1), jax.nn.softmax(logits))
         return loop, (logits, jnp.log(mean))
 
-    @jax.jit
-    def run(params, stops):
-        total = jnp.zeros_like(policy.logits(params))
-        first = (jnp.zeros((), jnp.int32), params, update.init(params, game), total)
-        loop, seen = jax.lax.scan(until, first, stops)
-        loop, _ = until(loop, num_steps)
-        return loop, seen
-
-    loop, (logits, average) = run(params, jnp.asarray(kept, jnp.int32))
-    return Trajectory(kept, logits, average, loop[1], loop[2])
+    # The rest of the run is a last segment of which nothing is kept: one loop to compile.
+    first = (jnp.zeros((), jnp.int32), params, memory, jnp.zeros_like(policy.logits(params)))
+    segments = jnp.append(stops, jnp.asarray(num_steps, stops.dtype))
+    (_, params, memory, _), seen = jax.lax.scan(until, first, segments)
+    return params, memory, jax.tree.map(lambda x: x[:-1], seen)

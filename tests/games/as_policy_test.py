@@ -39,7 +39,7 @@ def one_step(loss, game, logits, batch, rate=1.0):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("online_ipo_v1", {"beta": BETA}), ("cdpo", {"beta": 0.2}), ("ipo", {"tau": 0.4})],
+    [("online_ipo_v1", {"beta": BETA}), ("ipo", {"tau": 0.4})],
 )
 def test_the_training_steps_gradient_on_all_pairs_is_the_tabular_one(name, settings):
     game = games()

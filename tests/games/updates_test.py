@@ -54,6 +54,24 @@ def gaps(game, update, at, *, average=False):
     return np.asarray(found).reshape(len(at), -1).mean(-1)
 
 
+def scheduled(logits, game, t, key, sizes):
+    """Mirror steps of given sizes against mixtures of given weights: compiled once for all."""
+    eta, weight = sizes[:, t]
+    against = exact.mixture(logits, game.reference_logps, weight)
+    return exact.mirror_step(game, logits, eta=eta, opponent=against), sizes
+
+
+def mirror_gaps(game, at, *, eta, mix=False):
+    """What `mirror_descent(eta=eta, mix=mix)` gives, with `eta` a number or a schedule."""
+    t = jnp.arange(at[-1] + 1.0)
+    size = eta(t) if callable(eta) else jnp.full(t.shape, eta)
+    sizes = jnp.stack([size, size * game.beta if mix else jnp.zeros(t.shape)])
+    at = np.asarray(at)
+    played = solve(game, Update(scheduled), at[-1], at=at, memory=sizes)
+    found = np.asarray(exact.duality_gap(game, played.logits))
+    return found.reshape(len(at), -1).mean(-1)
+
+
 def close(found, expected, atol=1e-12):
     np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
 
@@ -271,34 +289,42 @@ def test_game_zero_alone_is_as_the_paper_plots_it():
     np.testing.assert_allclose(extra, [2.53e-4, 7.2e-10], rtol=0.01)
 
 
+@pytest.mark.parametrize("mix", [False, True])
+def test_mirror_descent_follows_its_schedule(mix):
+    schedule = lambda t: 2 / (0.1 * (t + 2))  # noqa: E731
+    found = gaps(TENTH(), mirror_descent(eta=schedule, mix=mix), (3, 40))
+    np.testing.assert_allclose(found, mirror_gaps(TENTH(), (3, 40), eta=schedule, mix=mix))
+
+
 def test_table_of_one_step_for_all_at_a_tenth():
-    eta, at = 1 / 3.1, (10, 100, 300)
-    decaying = lambda t: 2 / (0.1 * (t + 2))  # noqa: E731
-    for update, expected in (
-        (mirror_descent(eta=eta), [4.9e-2, 1.6e-4, 4.6e-10]),
-        (egpo(eta=eta), [4.8e-2, 1.2e-4, 1.9e-10]),
-        (mirror_descent(eta=eta, mix=True), [4.9e-2, 2.1e-4, 4.3e-5]),
-        (mirror_descent(eta=decaying, mix=True), [3.5e-3, 2.4e-5, 2.6e-6]),
-        (mirror_descent(eta=decaying), [5.3e-3, 1.9e-6, 2.6e-8]),
-        (mirror_descent(eta=1 / 0.3), [1.4e-3, 2.4e-11, 0]),
+    at, decaying = (10, 100, 300), lambda t: 2 / (0.1 * (t + 2))
+    for eta, mix, expected in (
+        (1 / 3.1, False, [4.9e-2, 1.6e-4, 4.6e-10]),
+        (1 / 3.1, True, [4.9e-2, 2.1e-4, 4.3e-5]),
+        (decaying, True, [3.5e-3, 2.4e-5, 2.6e-6]),
+        (decaying, False, [5.3e-3, 1.9e-6, 2.6e-8]),
+        (1 / 0.3, False, [1.4e-3, 2.4e-11, 0]),
     ):
         # Two digits, rounded: at most half a unit of the second, 3.6 %.
-        np.testing.assert_allclose(gaps(TENTH(), update, at), expected, rtol=0.036, atol=1e-20)
+        found = mirror_gaps(TENTH(), at, eta=eta, mix=mix)
+        np.testing.assert_allclose(found, expected, rtol=0.036, atol=1e-20)
+    found = gaps(TENTH(), egpo(eta=1 / 3.1), at)
+    np.testing.assert_allclose(found, [4.8e-2, 1.2e-4, 1.9e-10], rtol=0.036)
 
 
 def test_table_of_one_step_for_all_at_a_hundredth():
-    eta, at = 1 / 3.01, (100, 1000, 2000, 5000)
-    decaying = lambda t: 2 / (0.01 * (t + 2))  # noqa: E731
-    for update, expected in (
-        (mirror_descent(eta=eta), [1.5e-1, 1.1e-2, 4.3e-4, 4.0e-8]),
-        (egpo(eta=eta), [1.2e-1, 1.6e-4, 9.7e-8, 0]),
-        (mirror_descent(eta=eta, mix=True), [1.5e-1, 1.1e-2, 4.7e-4, 7.7e-6]),
-        (mirror_descent(eta=decaying, mix=True), [4.3e-1, 4.7e-2, 7.3e-3, 3.5e-4]),
-        (mirror_descent(eta=decaying), [4.3e-1, 5.0e-2, 9.2e-3, 3.8e-4]),
+    at, decaying = (100, 1000, 2000, 5000), lambda t: 2 / (0.01 * (t + 2))
+    for eta, mix, expected in (
+        (1 / 3.01, False, [1.5e-1, 1.1e-2, 4.3e-4, 4.0e-8]),
+        (1 / 3.01, True, [1.5e-1, 1.1e-2, 4.7e-4, 7.7e-6]),
+        (decaying, True, [4.3e-1, 4.7e-2, 7.3e-3, 3.5e-4]),
+        (decaying, False, [4.3e-1, 5.0e-2, 9.2e-3, 3.8e-4]),
     ):
-        found = gaps(HUNDREDTH(), update, at)
+        found = mirror_gaps(HUNDREDTH(), at, eta=eta, mix=mix)
         np.testing.assert_allclose(found, expected, rtol=0.036, atol=1e-14)
-    cycling = gaps(HUNDREDTH(), mirror_descent(eta=1 / 0.03), at)
+    found = gaps(HUNDREDTH(), egpo(eta=1 / 3.01), at)
+    np.testing.assert_allclose(found, [1.2e-1, 1.6e-4, 9.7e-8, 0], rtol=0.036, atol=1e-14)
+    cycling = mirror_gaps(HUNDREDTH(), at, eta=1 / 0.03)
     assert cycling[0] == pytest.approx(0.73, rel=0.01)
     assert (cycling > 0.6).all()
 
@@ -372,25 +398,25 @@ def test_tables_at_a_thousandth():
 
 def test_schedules_of_inpo_and_nash_md():
     game = builders.numpy_game(builders.EGPO_SEED, beta=0.1)
-    decaying = lambda t: 2 / (0.1 * (t + 2))  # noqa: E731
-    third = gaps(game, mirror_descent(eta=1 / 0.3), (10, 100))
-    np.testing.assert_allclose(third, [1.45e-3, 1.7e-12], rtol=0.02)
-    np.testing.assert_allclose(
-        gaps(game, mirror_descent(eta=decaying), (100, 1000)), [2.2e-6, 2.5e-10], rtol=0.02
-    )
-    np.testing.assert_allclose(
-        gaps(game, mirror_descent(eta=decaying, mix=True), (100, 1000, 10000)),
-        [2.9e-5, 3.1e-7, 3.1e-9],
-        rtol=0.02,
-    )
-    cycling = gaps(game, best_response_iteration(), (10, 100, 1000))
+    at, decaying = (10, 100, 1000, 10000), lambda t: 2 / (0.1 * (t + 2))
+    third = mirror_gaps(game, at, eta=1 / 0.3)
+    np.testing.assert_allclose(third[:2], [1.45e-3, 1.7e-12], rtol=0.02)
+    inpo_gaps = mirror_gaps(game, at, eta=decaying)
+    np.testing.assert_allclose(inpo_gaps[1:3], [2.2e-6, 2.5e-10], rtol=0.02)
+    nash_md_gaps = mirror_gaps(game, at, eta=decaying, mix=True)
+    np.testing.assert_allclose(nash_md_gaps[1:], [2.9e-5, 3.1e-7, 3.1e-9], rtol=0.02)
+    cycling = mirror_gaps(game, at, eta=1 / 0.1)
     assert ((cycling > 0.15) & (cycling < 0.25)).all()
-    nash = exact.nash_policy(game)
-    for mix in (False, True):
-        played = solve(game, mirror_descent(eta=decaying, mix=mix), 1000)
-        distance = exact.kl_divergence(nash, played.logits).max(-1)
-        bound = exact.decaying_step_bound(jnp.arange(1000), beta=0.1)
-        assert bool((distance[1:] <= bound).all())
+
+
+@pytest.mark.parametrize("mix", [False, True])
+def test_the_kl_to_the_nash_policy_stays_below_the_bound_of_decaying_steps(mix):
+    game = builders.numpy_game(builders.EGPO_SEED, beta=0.1)
+    update = mirror_descent(eta=lambda t: 2 / (0.1 * (t + 2)), mix=mix)
+    played = solve(game, update, 1000)
+    distance = exact.kl_divergence(exact.nash_policy(game), played.logits).max(-1)
+    bound = exact.decaying_step_bound(jnp.arange(1000), beta=0.1)
+    assert bool((distance[1:] <= bound).all())
 
 
 def test_inpos_paper_ratio_is_stable_only_below_its_limit():
@@ -398,7 +424,7 @@ def test_inpos_paper_ratio_is_stable_only_below_its_limit():
     for beta, stable in ((0.2, True), (0.1, False)):
         game = builders.cyclic(5, beta=beta, reference_logits=0.1 * jnp.arange(5.0))
         assert bool(1 / (3 * beta) < exact.stability_limit(game)) == stable
-        last = gaps(game, mirror_descent(eta=1 / (3 * beta)), (3000,))
+        last = mirror_gaps(game, (3000,), eta=1 / (3 * beta))
         assert (last[0] < 1e-9) == stable
 
 
@@ -410,14 +436,16 @@ def test_comals_game(reference):
     logits = None if reference is None else jnp.log(jnp.array(reference))
     game = builders.comal_3x3(beta=0.0, reference_logits=logits)
     nash = np.array([4, 3, 4]) / 11
-    weights = gaps(game, mirror_descent(eta=1.0), (0, 10000))
+    weights = mirror_gaps(game, (0, 10000), eta=1.0)
     assert weights[1] == pytest.approx(0.8, abs=0.01)
     regularised = game.replace(beta=0.1)
     floor = 2.45e-2 if reference is None else 5.88e-2
-    for update in (egpo(eta=1 / 3.1), mirror_descent(eta=1 / 0.3)):
-        played = solve(regularised, update, 3000, at=(3000,))
-        found = float(exact.unregularised_gap(regularised, played.logits[0]))
-        assert found == pytest.approx(floor, rel=0.01)
+    played = solve(regularised, egpo(eta=1 / 3.1), 3000, at=(3000,))
+    nash_of_it = exact.nash_policy(regularised)
+    close(jax.nn.log_softmax(played.logits[0]), nash_of_it, 1e-9)
+    found = float(exact.unregularised_gap(regularised, nash_of_it))
+    assert found == pytest.approx(floor, rel=0.01)
+    assert mirror_gaps(regularised, (3000,), eta=1 / 0.3)[0] < 1e-14  # INPO stalls there too
     outer = gaps(game, proximal_point(tau=0.1), (10, 20, 50))
     if reference is None:
         np.testing.assert_allclose(outer[:2], [1.9e-5, 2e-9], rtol=0.07)
