@@ -17,6 +17,7 @@ True
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -52,8 +53,9 @@ def expected_loss(
     does not takes pairs "winner first", so that each ordered pair counts as often as the judge
     says. Whoever draws and judges is fixed: gradients go through the policy's log-probs alone.
 
-    Losses over the whole batch (KTO, BCO, ...) see all groups as one batch, each once; their mean
-    is then weighted. Those with memory start from their first one.
+    Losses over the whole batch see all groups as one batch, each once, and what they say of each is
+    then weighted. Of those that say one figure for all (KTO, BCO, beta-DPO, DRPO's ranks) every
+    group counts once: there is no sampler to choose. Those with memory start from their first one.
 
     Args:
         loss: an objective, or a loss function whose hyper-parameters have been bound.
@@ -73,8 +75,8 @@ def expected_loss(
         key: random key of losses that draw.
 
     Raises:
-        ValueError: if nobody gives an array that the loss cannot do without, or for hard labels of
-            other groups than pairs.
+        ValueError: if nobody gives an array that the loss cannot do without, for hard labels of
+            other groups than pairs, or for a sampler where groups cannot be weighted.
     """
     if hard_labels and candidates != 2:
         raise ValueError(f"hard_labels=True is for pairs; got candidates={candidates}")
@@ -100,6 +102,11 @@ def expected_loss(
             else:
                 given["labels"] = lambda: _soft_labels(judged)
             losses = _call(term, parts, groups, given | {"key": lambda: key})
+            if sampler is not None and _is_one_figure(losses, weights):
+                raise ValueError(
+                    f"loss {term.name!r} says one figure for its whole batch, in which groups "
+                    "cannot be weighted: leave `sampler` out, or use sampled_loss"
+                )
             total += term.weight * _weighted_mean(losses, weighted)
         return total
 
@@ -347,6 +354,19 @@ def _call(term: Term, parts: dict[str, Any], groups: _Groups, given: Mapping[str
             f"extras={{name: values [..., N]}} (or previous=logits); there are {', '.join(known)}"
         )
     arrays = {name: providers[name]() for name in term.arrays if name in providers}
+    result = _run(term, arrays)
+    coupled = getattr(term.loss, "whole_batch", False)
+    if isinstance(result, Mean) and result.total.shape != shape[:-1] and not coupled:
+        # A loss that adds its groups up: each is called alone, so that it can be weighed.
+        axes = {name: None if name == "key" else 0 for name in arrays}
+        alone = functools.partial(_run, term)
+        for _ in shape[:-1]:
+            alone = jax.vmap(alone, in_axes=(axes,))
+        result = alone(arrays)
+    return result
+
+
+def _run(term: Term, arrays: Mapping[str, Any]) -> Any:
     result = term.loss(**arrays, **term.hyper_parameters)
     return result[0] if term.stateful else result
 
@@ -354,6 +374,10 @@ def _call(term: Term, parts: dict[str, Any], groups: _Groups, given: Mapping[str
 def _weighted_mean(losses: Array | Mean, weights: Array) -> Array:
     if not isinstance(losses, Mean):
         return jnp.sum(weights * losses)
-    if losses.total.shape != weights.shape:  # a loss that has taken the mean of its batch
+    if _is_one_figure(losses, weights):
         return losses.value
     return Mean(jnp.sum(weights * losses.total), jnp.sum(weights * losses.count)).value
+
+
+def _is_one_figure(losses: Array | Mean, weights: Array) -> bool:
+    return isinstance(losses, Mean) and losses.total.shape != weights.shape

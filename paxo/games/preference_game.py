@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxo.numerics import Array, at_least_float32
+from paxo.numerics import Array
 
 # P + Pᵀ may differ from 1, and the diagonal from 1/2, by the rounding of float32 numbers.
 ROUNDING = 1e-6
@@ -52,9 +52,10 @@ class PreferenceGame:
     beta: Array
 
     def __post_init__(self):
-        preferences = at_least_float32(_floating("preferences", self.preferences))
-        reference = at_least_float32(_floating("reference_logps", self.reference_logps))
-        beta = at_least_float32(_floating("beta", self.beta))
+        given = {f.name: _floating(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)}
+        # One dtype for all: a float32 reference beside float64 preferences is computed in float64.
+        dtype = jnp.promote_types(jnp.result_type(*given.values()), jnp.float32)
+        preferences, reference, beta = (x.astype(dtype) for x in given.values())
         _check_shapes(preferences, reference, beta)
         _check_values(preferences, reference, beta)
         below = jnp.tril(preferences, -1)

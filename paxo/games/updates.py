@@ -257,7 +257,8 @@ def fitted(loss: LossOf, *, newton_steps: int = 1) -> Callable[..., Array]:
         def newton(logits: Array, _: Any) -> tuple[Array, None]:
             gradient, product = jax.linearize(jax.grad(total), logits)
             hessian = jnp.moveaxis(jax.vmap(product)(basis), 0, -1)
-            inverse = jnp.linalg.pinv(hessian, rtol=1e-11, hermitian=True)
+            tiny = 100 * jnp.finfo(logits.dtype).eps
+            inverse = jnp.linalg.pinv(hessian, rtol=tiny, hermitian=True)
             moved = logits - jnp.einsum("...ij,...j->...i", inverse, gradient)
             return jax.nn.log_softmax(moved), None
 

@@ -174,6 +174,18 @@ def test_every_objective_has_an_expected_loss(name):
     assert loss.dtype == jnp.float64
 
 
+def test_a_loss_that_adds_its_groups_up_is_weighted_too():
+    found = expected_loss(objective("nll"), GAMES, POLICY, sampler=OTHER, candidates=1)
+    np.testing.assert_allclose(found, -(np.exp(logp(OTHER)) * logp(POLICY)).sum(-1), rtol=1e-12)
+
+
+def test_one_figure_for_the_whole_batch_cannot_be_weighted():
+    loss = objective("kto")
+    assert expected_loss(loss, GAMES, POLICY).shape == (3,)
+    with pytest.raises(ValueError, match=r"'kto' says one figure.*leave `sampler` out"):
+        expected_loss(loss, GAMES, POLICY, sampler=OTHER)
+
+
 def test_missing_and_misshapen_arrays_are_named():
     with pytest.raises(ValueError, match=r"'inpo' needs previous_logps.*previous=logits"):
         expected_loss(objective("inpo"), GAMES, POLICY)

@@ -71,3 +71,8 @@ def test_win_rates_are_expectations_over_the_opponent():
     opponent = jnp.array([0.3, -1.0, 2.0, 0.0])
     expected = game.preferences[1] @ (np.exp(opponent) / np.exp(opponent).sum())
     np.testing.assert_allclose(game[1].win_rates(opponent), expected, rtol=1e-13)
+
+
+def test_a_float32_reference_beside_float64_preferences_is_computed_in_float64():
+    game = PreferenceGame(GOOD, np.array([3.0, 1.0], np.float32), np.float32(0.1))
+    assert {x.dtype for x in jax.tree.leaves(game)} == {np.dtype("float64")}
