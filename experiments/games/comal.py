@@ -6,7 +6,9 @@ Liu et al. 2024, arXiv:2410.23223. Gaps are those of the game without a KL term,
 is (4, 3, 4) / 11: multiplicative weights (SPPO, DNO, iterative DPO and IPO on exact win rates) go
 round, regularised methods stall where their KL term holds them, COMAL moves the reference.
 
-TIME: FIGURES
+On a CPU, 10 seconds of CPU time. After 1,000 rounds from a uniform reference: SPPO 0.38, DNO 0.25,
+INPO and EGPO 2.45e-2, COMAL 2e-16 (moving every 12 rounds of INPO) and 0 (exact rounds); from (.2,
+.5, .3) SPPO 0.78, DNO 0.73, INPO and EGPO 5.88e-2, COMAL 2e-16 and 0.
 """
 
 import dataclasses

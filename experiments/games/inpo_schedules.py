@@ -6,7 +6,10 @@ Zhang et al. 2024, arXiv:2407.00617 (INPO's letter eta is the inverse of the ste
 al. 2023, arXiv:2312.00886. Ten games of EGPO's construction from numpy's seed. A constant step of
 1 / (3 tau) is locally stable where the game's rotation rate omega is below sqrt(5) tau.
 
-TIME: FIGURES
+On a CPU, 15 seconds of CPU time. Gaps after 10,000 rounds at tau 0.1, 0.03 and 0.01: INPO with eta
+= 3 tau 4e-32, 3.4e-1, 7.2e-1 (stable on 10, 1 and 1 of the 10 games); with its decaying step
+2.5e-14, 1.5e-9, 1.8e-5; Nash-MD with the same 3.1e-9, 1.4e-8, 1.4e-5; EGPO 1e-30 each; best
+responses cycle at 0.2 to 0.8.
 """
 
 import dataclasses

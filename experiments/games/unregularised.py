@@ -8,7 +8,9 @@ arXiv:2502.16852) looks ahead; COMAL (Liu et al. 2024, arXiv:2410.23223) solves 
 around a moving reference and converges fastest. Momentum (accelerated preference optimisation,
 arXiv:2410.06293) drives the cycles apart faster.
 
-TIME: FIGURES
+On a CPU, 9 seconds of CPU time. Gaps after 100,000 rounds, last policy and average: multiplicative
+weights 0.71 and 1.4e-3, with momentum 0.77 and 1.6e-3, ONPO 5.0e-3 and 7.3e-5, COMAL (50 moves of
+the reference) 9.3e-8 and 5.2e-4.
 """
 
 import dataclasses
