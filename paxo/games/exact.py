@@ -24,6 +24,7 @@ PATH_RATIO = 0.7  # between two KL weights of that path
 PATH_START = 4.0  # a KL weight at which the reference itself is near enough
 
 
+@jax.jit
 def kl_divergence(first: Array, second: Array) -> Array:
     """`[...]` KL(first|second) in nats of logits `[..., N]`.
 
@@ -43,6 +44,7 @@ def kl_divergence(first: Array, second: Array) -> Array:
     return jnp.sum(terms, -1)
 
 
+@jax.jit
 def payoff(game: PreferenceGame, first: Array, second: Array) -> Array:
     r"""`[...]` V(first, second): the first one's win rate, with both KL terms.
 
@@ -56,6 +58,7 @@ def payoff(game: PreferenceGame, first: Array, second: Array) -> Array:
     return wins - game.beta * (to_reference(first) - to_reference(second))
 
 
+@jax.jit
 def best_response(game: PreferenceGame, opponent: Array) -> Array:
     r"""`[..., N]` log-probs of the policy that maximises V(., opponent).
 
@@ -68,6 +71,7 @@ def best_response(game: PreferenceGame, opponent: Array) -> Array:
     return jnp.where(game.beta > 0, soft, jnp.where(best, 0.0, -jnp.inf))
 
 
+@jax.jit
 def duality_gap(game: PreferenceGame, logits: Array) -> Array:
     r"""`[...]` max V(., policy) - min V(policy, .), in win probability; 0 at the Nash policy only.
 
@@ -83,11 +87,13 @@ def duality_gap(game: PreferenceGame, logits: Array) -> Array:
     return 2 * jnp.where(game.beta > 0, regularised, jnp.max(rates, -1) - 0.5)
 
 
+@jax.jit
 def unregularised_gap(game: PreferenceGame, logits: Array) -> Array:
     """`[...]` the duality gap of the same preferences without a KL term."""
     return 2 * (jnp.max(game.win_rates(logits), -1) - 0.5)
 
 
+@jax.jit
 def mirror_step(
     game: PreferenceGame,
     logits: Array,
@@ -113,6 +119,7 @@ def mirror_step(
     return jax.nn.log_softmax((1 - pull) * logps + pull * game.reference_logps + eta * rates)
 
 
+@jax.jit
 def mixture(first: Array, second: Array, weight: float | Array) -> Array:
     """`[..., N]` log-probs of first^(1 - weight) second^weight, normalised: Nash-MD's opponent."""
     first, second = jax.nn.log_softmax(first), jax.nn.log_softmax(second)
@@ -183,6 +190,7 @@ def _covariance(logits: Array) -> Array:
     return p[..., None] * jnp.eye(p.shape[-1], dtype=p.dtype) - p[..., :, None] * p[..., None, :]
 
 
+@jax.jit
 def rotation_rate(game: PreferenceGame, logits: Array) -> Array:
     r"""`[...]` $\omega$: how fast play near the policy turns instead of approaching.
 
