@@ -91,9 +91,7 @@ class GameJudge:
         table = np.asarray(_rows(self.game.preferences, self.game))
         games = np.asarray(prompts.tokens)[:, 0]
         actions = np.asarray(completions.tokens)[:, :, 0]
-        judged = table[games[:, None, None], actions[:, :, None], actions[:, None, :]]
-        judged[:, *np.diag_indices(actions.shape[1])] = 0.5
-        return judged
+        return table[games[:, None, None], actions[:, :, None], actions[:, None, :]]
 
 
 def pair_batch(

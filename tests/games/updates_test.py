@@ -519,7 +519,7 @@ def test_momentum_drives_cyclic_games_apart_and_speeds_up_transitive_ones():
 # B.6. CoPG's bandit: the stationary regrets of four methods on its offline pairs.
 
 
-def stationary(loss, rewards, values=lambda bandit, logits: 0.0, rate=2.0, steps=15000):
+def stationary(loss, rewards, values=lambda bandit, logits: 0.0, rate=0.5, steps=60000):
     """Regret where gradient descent on the expected offline loss comes to rest."""
     bandit = builders.copg_bandit()
     game = bandit.game()
