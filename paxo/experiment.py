@@ -242,10 +242,14 @@ def load(file: str | pathlib.Path) -> ModuleType:
     return module
 
 
-def settings_of(module: ModuleType, overrides: Sequence[str]) -> Experiment:
-    """The settings of an experiment file with `name=value` overrides applied."""
+def settings_of(module: ModuleType, overrides: Sequence[str]) -> Any:
+    """The settings of an experiment file with `name=value` overrides applied.
+
+    They are a `paxo.Experiment`, or, in a file that defines its own `run`, any frozen dataclass.
+    """
     settings = module.experiment()
-    if not isinstance(settings, Experiment):
+    its_own = hasattr(module, "run") and dataclasses.is_dataclass(settings)
+    if not isinstance(settings, Experiment) and not its_own:
         raise SettingsError(
             f"{module.__file__}: experiment() must return a paxo.Experiment; got "
             f"{type(settings).__name__}"

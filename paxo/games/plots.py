@@ -1,0 +1,43 @@
+"""Plots of gaps against iterations."""
+
+import os
+from collections.abc import Mapping
+
+import matplotlib.figure
+
+# title -> method -> iteration -> figure
+Tables = Mapping[str, Mapping[str, Mapping[int, float]]]
+
+
+def plot_tables(
+    path: str | os.PathLike[str],
+    tables: Tables,
+    *,
+    ylabel: str = "mean duality gap",
+    log_y: bool = True,
+    floor: float = 1e-14,
+) -> None:
+    """Draws one panel a table, one line a method; the same figures give the same bytes.
+
+    Args:
+        path: of the picture.
+        tables: title -> method -> iteration -> figure.
+        ylabel: what the figures are.
+        log_y: logarithmic figures; smaller ones than `floor` are drawn there.
+        floor: see `log_y`.
+    """
+    figure = matplotlib.figure.Figure(figsize=(5 * len(tables), 4), layout="constrained")
+    for axes, (title, methods) in zip(
+        figure.subplots(1, len(tables), squeeze=False)[0], tables.items()
+    ):
+        for name, points in methods.items():
+            values = [max(v, floor) if log_y else v for v in points.values()]
+            axes.plot([int(t) for t in points], values, label=name, marker=".", markersize=3)
+        axes.set_xscale("symlog", linthresh=10)
+        axes.set_yscale("log" if log_y else "linear")
+        axes.set_title(title)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120, metadata={"Software": None})

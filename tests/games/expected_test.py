@@ -1,0 +1,249 @@
+"""Expected losses against sums written out, and sampled ones against expected ones."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paxo.games import builders, exact
+from paxo.games.expected import expected_loss, sampled_loss
+from paxo.objectives import LOSSES, objective, weighted_sum
+
+with jax.enable_x64(True):
+    GAMES = builders.numpy_game(4, 4, beta=0.3, num_games=3)
+    GAME = GAMES[0]
+    RNG = np.random.default_rng(2)
+    POLICY, OTHER, THIRD = (jnp.asarray(RNG.standard_normal((3, 4))) for _ in range(3))
+    REWARDS = jnp.asarray(RNG.standard_normal((3, 4)))
+
+
+def value(loss, games, logits, **arguments):
+    """`expected_loss`, compiled as one program."""
+    return jax.jit(lambda x: expected_loss(loss, games, x, **arguments))(logits)
+
+
+def logp(x):
+    return np.asarray(jax.nn.log_softmax(x))
+
+
+def written_out(name, settings, *, sampler, arrays, winner_first):
+    """The mean over ordered pairs of the first game, one call of the loss for each."""
+    loss, p, total = LOSSES[name], np.exp(logp(sampler[0])), 0.0
+    judge = np.asarray(GAME.preferences)
+    for y, z in itertools.product(range(4), range(4)):
+        both = np.array([y, z])
+        given = {k: x[both] for k, x in arrays.items()}
+        if winner_first:
+            turned = {k: x[::-1] for k, x in given.items()}
+            value = judge[y, z] * loss(**given, **settings)
+            value += judge[z, y] * loss(**turned, **settings)
+        else:
+            value = loss(**given, labels=np.array([judge[y, z], judge[z, y]]), **settings)
+        total += p[y] * p[z] * value
+    return float(total)
+
+
+def test_pairs_without_labels_are_taken_winner_first_as_often_as_the_judge_says():
+    arrays = {"policy_logps": logp(POLICY[0]), "reference_logps": logp(GAME.reference_logps)}
+    found = value(objective("dpo", beta=0.7), GAMES, POLICY, sampler=OTHER)
+    expected = written_out("dpo", {"beta": 0.7}, sampler=OTHER, arrays=arrays, winner_first=True)
+    assert found.shape == (3,)
+    assert float(found[0]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_losses_with_labels_are_told_the_judges_probabilities():
+    arrays = {"policy_logps": logp(POLICY[0]), "reference_logps": logp(GAME.reference_logps)}
+    settings = {"beta": 0.7}
+    found = value(objective("online_ipo_v2", beta=0.7), GAMES, POLICY, sampler=POLICY)
+    expected = written_out(
+        "online_ipo_v2", settings, sampler=POLICY, arrays=arrays, winner_first=False
+    )
+    assert float(found[0]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_soft_labels_are_the_mean_of_hard_ones_for_online_ipo():
+    loss = objective("online_ipo", tau=0.4)
+    soft, hard = (value(loss, GAMES, POLICY, hard_labels=h) for h in (False, True))
+    np.testing.assert_allclose(soft, hard, rtol=1e-12)
+    with pytest.raises(ValueError, match="for pairs; got candidates=3"):
+        expected_loss(loss, GAMES, POLICY, hard_labels=True, candidates=3)
+
+
+def test_each_candidate_may_have_a_sampler_of_its_own():
+    rewards = {"rewards": REWARDS}
+    loss = objective("copg", beta=0.5)
+    found = value(loss, GAMES, POLICY, sampler=[OTHER, THIRD], extras=rewards)[0]
+    p, r = np.exp(logp(OTHER[0])), np.exp(logp(THIRD[0]))
+    h, R = logp(POLICY[0]) - logp(GAME.reference_logps), np.asarray(REWARDS[0])
+    by_hand = sum(
+        p[y] * r[z] * -((R[y] - R[z]) - 0.25 * (h[y] - h[z])) * (h[y] - h[z])
+        for y, z in itertools.product(range(4), range(4))
+    )
+    assert float(found) == pytest.approx(by_hand, rel=1e-12)
+    # The winner stands first whoever drew it: the order of the samplers does not matter.
+    dpo = functools.partial(value, objective("dpo"), GAMES, POLICY)
+    np.testing.assert_allclose(dpo(sampler=[OTHER, THIRD]), dpo(sampler=[THIRD, OTHER]), rtol=1e-12)
+    with pytest.raises(ValueError, match="one policy's logits or 2"):
+        dpo(sampler=[OTHER])
+
+
+def test_win_rates_are_against_the_opponent_and_the_live_policy_by_default():
+    loss = objective("sppo", eta=2.0)
+    found = value(loss, GAMES, POLICY, sampler=OTHER, opponent=THIRD, previous=OTHER)
+    g, w = logp(POLICY) - logp(OTHER), np.asarray(GAMES.win_rates(THIRD))
+    expected = (np.exp(logp(OTHER)) * (g - 2 * (w - 0.5)) ** 2).sum(-1)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    live = value(loss, GAMES, POLICY, previous=OTHER)
+    np.testing.assert_allclose(live, value(loss, GAMES, POLICY, previous=OTHER, opponent=POLICY))
+
+
+def test_longer_lists_are_judged_by_how_often_each_beats_the_others():
+    seen = {}
+
+    def spy(policy_logps, labels):
+        seen["labels"] = labels
+        return jnp.sum(policy_logps * labels, -1)
+
+    expected_loss(spy, GAME, POLICY[0], candidates=3)
+    p = np.asarray(GAME.preferences)
+    assert seen["labels"].shape == (4, 4, 4, 3)
+    np.testing.assert_allclose(seen["labels"][1, 3, 0, 1], (p[3, 1] + p[3, 0]) / 2, rtol=1e-14)
+
+
+def test_nothing_but_the_policys_log_probs_is_differentiated():
+    loss = objective("online_ipo_v2", beta=0.3)
+    slope = lambda run: jax.jit(jax.grad(lambda x: run(x).sum()))(POLICY)  # noqa: E731
+    live = slope(lambda x: expected_loss(loss, GAMES, x, sampler=x, opponent=x))
+    held = slope(lambda x: expected_loss(loss, GAMES, x, sampler=POLICY))
+    np.testing.assert_allclose(live, held, rtol=1e-13)
+
+
+def test_terms_of_an_objective_are_summed_with_their_weights():
+    dpo, nll = objective("dpo"), objective("online_ipo_v1")
+    both = value(weighted_sum((dpo, 1.0), (nll, 0.5)), GAMES, POLICY)
+    alone = [value(x, GAMES, POLICY) for x in (dpo, nll)]
+    np.testing.assert_allclose(both, alone[0] + 0.5 * alone[1], rtol=1e-13)
+
+
+def test_a_one_token_completion_has_the_entropy_and_kl_of_its_policy():
+    loss = objective("tdpo1", beta=0.2)
+    found = value(loss, GAMES, POLICY)
+    kl = exact.kl_divergence(GAMES.reference_logps, POLICY)
+    assert bool(jnp.isfinite(found).all())
+    assert bool((kl > 0).all())
+    spied = {}
+
+    def spy(policy_logps, token_entropies, token_kls, token_collisions, token_mask, lengths):
+        spied.update(entropy=token_entropies, kl=token_kls, collisions=token_collisions)
+        return jnp.sum(policy_logps, -1)
+
+    expected_loss(spy, GAME, POLICY[0])
+    p = np.exp(logp(POLICY[0]))
+    assert float(spied["entropy"][0, 0, 0, 0]) == pytest.approx(-(p * np.log(p)).sum())
+    assert float(spied["kl"][1, 2, 1, 0]) == pytest.approx(float(kl[0]))
+    assert float(spied["collisions"][1, 2, 1, 0]) == pytest.approx(np.log((p * p).sum()))
+
+
+# Arrays by action that some losses name, and the size of their groups where a pair does not fit.
+EXTRAS = {
+    **dict.fromkeys(("rewards", "margin_rewards", "scores", "start_values"), (4,)),
+    **dict.fromkeys(("end_values",), (4,)),
+    **dict.fromkeys(("advantages", "values", "previous_values", "returns"), (4, 1)),
+    **dict.fromkeys(("token_weights", "step_labels"), (4, 1)),
+}
+SIZES = {"rationale_dpo": 3, "bpo": 3, "triple_po": 3, "triple_po_l": 3}
+SIZES |= {"xpo": 3, "vpo": 3, "selm": 3, "hypo": 3, "srpo": 6, "opa_dpo": 5}
+# They name arrays of groups, not of actions: degrees of preference, step trees, embeddings, steps.
+ELSEWHERE = {"spo_degree", "tpo_tree", "general_preference", "prm"}
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - ELSEWHERE))
+def test_every_objective_has_an_expected_loss(name):
+    n = 2 if SIZES.get(name, 2) > 3 else 4  # N^K groups
+    game = builders.numpy_game(4, n, beta=0.3, num_games=1)[0]
+    rng = np.random.default_rng(5)
+    shapes = EXTRAS | ({"advantages": (4,)} if name == "mdpo" else {})
+    extras = {k: rng.uniform(0.1, 0.9, (n, *shape[1:])) for k, shape in shapes.items()}
+    loss = jax.eval_shape(
+        lambda x: expected_loss(
+            objective(name), game, x, previous=jnp.zeros(n), extras=extras,
+            candidates=SIZES.get(name, 2), key=jax.random.key(0),
+        ),
+        jnp.zeros(n),
+    )  # fmt: skip
+    assert loss.shape == ()
+    assert loss.dtype == jnp.float64
+
+
+def test_a_loss_that_adds_its_groups_up_is_weighted_too():
+    found = value(objective("nll"), GAMES, POLICY, sampler=OTHER, candidates=1)
+    np.testing.assert_allclose(found, -(np.exp(logp(OTHER)) * logp(POLICY)).sum(-1), rtol=1e-12)
+
+
+def test_one_figure_for_the_whole_batch_cannot_be_weighted():
+    loss = objective("kto")
+    assert expected_loss(loss, GAMES, POLICY).shape == (3,)
+    with pytest.raises(ValueError, match=r"'kto' says one figure.*leave `sampler` out"):
+        expected_loss(loss, GAMES, POLICY, sampler=OTHER)
+
+
+def test_missing_and_misshapen_arrays_are_named():
+    with pytest.raises(ValueError, match=r"'inpo' needs previous_logps.*previous=logits"):
+        expected_loss(objective("inpo"), GAMES, POLICY)
+    with pytest.raises(ValueError, match="needs rewards"):
+        expected_loss(objective("copg"), GAMES, POLICY)
+    with pytest.raises(ValueError, match=r"extras\['rewards'\] must have shape \[3, 4\]"):
+        expected_loss(objective("copg"), GAMES, POLICY, extras={"rewards": np.ones(5)})
+
+
+# T9: a wrong opponent distribution, such as one normalised over games, is outside these intervals.
+
+
+@pytest.mark.parametrize("name", ["online_ipo_v1", "online_ipo_v2", "dpo"])
+def test_sampled_gradients_are_unbiased(name):
+    games, policy = GAMES[:2], POLICY[:2]
+    settings = {} if name == "dpo" else {"beta": 0.3}
+    loss = objective(name, **settings)
+    on_policy = name == "online_ipo_v2"
+    opponent = exact.mixture(policy, games.reference_logps, 0.4)
+    arguments = {"sampler": policy if on_policy else None, "opponent": opponent}
+
+    def exact_gradient(x):
+        return expected_loss(loss, games, x, **arguments).sum()
+
+    def one(key):
+        run = lambda x: sampled_loss(  # noqa: E731
+            loss, games, x, key, num_samples=100, **arguments
+        ).sum()
+        return jax.grad(run)(policy)
+
+    drawn = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(7), 1000))  # 1e5 groups a game
+    error = drawn.std(0) / np.sqrt(len(drawn))
+    distance = jnp.abs(drawn.mean(0) - jax.grad(exact_gradient)(policy))
+    assert float((distance / error).max()) < 4
+    wrong = jnp.log(jax.nn.softmax(opponent, 0))  # over the games
+    if name == "online_ipo_v1":
+        biased = jax.grad(
+            lambda x: expected_loss(loss, games, x, **(arguments | {"opponent": wrong})).sum()
+        )(policy)
+        assert float((jnp.abs(drawn.mean(0) - biased) / error).max()) > 8
+
+
+def test_draws_have_the_samplers_frequencies():
+    counted = {}
+
+    def count(policy_logps, actions):
+        counted["actions"] = actions
+        return jnp.sum(policy_logps, -1)
+
+    extras = {"actions": jnp.arange(4)}
+    sampled_loss(
+        count, GAME, POLICY[0], jax.random.key(0), num_samples=20000, sampler=OTHER[0],
+        extras=extras,
+    )  # fmt: skip
+    p = np.exp(logp(OTHER[0]))
+    frequency = np.bincount(np.asarray(counted["actions"]).ravel(), minlength=4) / 40000
+    assert (np.abs(frequency - p) < 5 * np.sqrt(p / 40000)).all()
