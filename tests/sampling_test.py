@@ -8,13 +8,17 @@ import pytest
 
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.sampling import SamplingConfig, filtered, make_mixture_sampler, make_sampler
+from paxo.sampling.decoding import check_prompts
 from paxo.sampling.sampler import _sample
 from paxo.types import Decode, Finish, Policy, PromptBatch
-from tests.compiling import compilations
+from tests.compiling import compilations, quick_compiles  # noqa: F401
 from tests.made import tiny_policy
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 STOP = (2,)
 VOCABULARY = 40
+T = 24
 
 
 def made_prompts(lengths=(3, 7, 5, 1), width=8, seed=0):
@@ -26,16 +30,16 @@ def made_prompts(lengths=(3, 7, 5, 1), width=8, seed=0):
 
 def sampled(prompts=None, key=0, params=None, stop=STOP, mesh=None, policy=None, **changes):
     tiny, own = tiny_policy()
-    config = SamplingConfig(**{"max_new_tokens": 12, "num_candidates": 3, **changes})
+    config = SamplingConfig(**{"max_new_tokens": T, "num_candidates": 3, **changes})
     prompts = made_prompts() if prompts is None else prompts
     sampler = make_sampler(policy or tiny, config, stop, mesh=mesh)
     return sampler(own if params is None else params, prompts, jax.random.key(key))
 
 
-def mixed(mix, reference_seed=1, key=0, **changes):
+def mixed(mix, key=0):
     policy, params = tiny_policy()
-    _, reference = tiny_policy(reference_seed)
-    config = SamplingConfig(**{"max_new_tokens": 12, "num_candidates": 3, **changes})
+    _, reference = tiny_policy(1)
+    config = SamplingConfig(max_new_tokens=T, num_candidates=3, temperature=0.8)
     sampler = make_mixture_sampler(policy, config, STOP)
     keys = {"reference_params": reference, "mix": mix}
     return sampler(params, made_prompts(), jax.random.key(key), **keys)
@@ -126,7 +130,7 @@ def test_bfloat16_model_gives_float32_log_probs():
 
 
 def test_stop_token_ends_a_completion_and_only_there_it_is_finished():
-    out = sampled(key=1, max_new_tokens=40)
+    out = sampled(key=1)
     assert out.finished.any()
     assert not out.finished.all()
     finish = np.asarray(out.finish).ravel()
@@ -134,15 +138,15 @@ def test_stop_token_ends_a_completion_and_only_there_it_is_finished():
         stopped = reason == Finish.STOP_TOKEN
         assert stopped == (STOP[0] in tokens)
         assert tokens.count(STOP[0]) == int(stopped)
-        assert tokens[-1] == STOP[0] if stopped else len(tokens) == 40
+        assert tokens[-1] == STOP[0] if stopped else len(tokens) == T
     assert (np.asarray(out.tokens)[~np.asarray(out.mask)] == 0).all()
     assert set(finish.tolist()) == {Finish.STOP_TOKEN, Finish.LENGTH}
 
 
 def test_stop_sequence_ends_a_completion_with_its_last_token():
-    free = rows(sampled(max_new_tokens=20))
+    free = rows(sampled())
     pair, triple = tuple(free[0][3:5]), tuple(free[4][6:9])
-    out = sampled(max_new_tokens=20, stop_sequences=(pair, triple))
+    out = sampled(stop_sequences=(pair, triple))
     for before, after, reason in zip(free, rows(out), np.asarray(out.finish).ravel()):
         ends = [
             i
@@ -166,28 +170,27 @@ def test_stop_sequence_needs_all_its_tokens_in_the_completion():
 
 
 def test_stop_token_goes_before_a_stop_sequence_that_it_ends():
-    free = sampled(key=1, max_new_tokens=40)
-    b, k = np.argwhere((np.asarray(free.finish) == 1) & (np.asarray(free.mask).sum(-1) > 1))[0]
+    free = sampled(key=1)
+    stopped = np.asarray(free.finish) == Finish.STOP_TOKEN
+    b, k = np.argwhere(stopped & (np.asarray(free.mask).sum(-1) > 1))[0]
     tokens = np.asarray(free.tokens[b, k])[np.asarray(free.mask[b, k])]
-    ending = tuple(tokens[-2:].tolist())
-    out = sampled(key=1, max_new_tokens=40, stop_sequences=(ending,))
+    out = sampled(key=1, stop_sequences=(tuple(tokens[-2:].tolist()),))
     assert int(out.finish[b, k]) == Finish.STOP_TOKEN
-    alone = sampled(key=1, max_new_tokens=40, stop_sequences=(ending,), stop=())
-    assert int(alone.finish[b, k]) == Finish.STOP_SEQUENCE
 
 
 def test_minimum_length_keeps_the_stop_token_away():
-    out = sampled(min_new_tokens=6, max_new_tokens=12)
+    out = sampled(min_new_tokens=6)
     assert not (out.tokens[..., :6] == STOP[0]).any()
     assert (out.mask.sum(-1) >= 7).all()
+    assert out.finished.any()
 
 
 def test_minimum_length_overlooks_stop_sequences():
-    free = rows(sampled(max_new_tokens=20))[0]
-    pair = tuple(free[2:4])
-    assert len(rows(sampled(max_new_tokens=20, stop_sequences=(pair,)))[0]) == 4
-    out = sampled(max_new_tokens=20, stop_sequences=(pair,), min_new_tokens=4, stop=())
-    assert len(rows(out)[0]) > 4
+    free = rows(sampled())[0]
+    early, late = tuple(free[2:4]), tuple(free[8:10])
+    out = sampled(min_new_tokens=6, stop_sequences=(early, late), stop=())
+    assert rows(out)[0] == free[:10]
+    assert int(out.finish[0, 0]) == Finish.STOP_SEQUENCE
 
 
 def counting_policy(stop_after, log):
@@ -231,9 +234,8 @@ def test_tokens_do_not_depend_on_batch_size_padding_or_number_of_candidates():
     alone = sampled(one, num_candidates=1)
     np.testing.assert_array_equal(alone.tokens[0, 0], whole.tokens[1, 0])
     wide = PromptBatch(jnp.pad(prompts.tokens, ((0, 0), (0, 9))), prompts.lengths, prompts.ids)
-    np.testing.assert_array_equal(sampled(wide, num_candidates=3).tokens, whole.tokens)
-    longer = sampled(num_candidates=3, max_new_tokens=20)
-    np.testing.assert_array_equal(longer.tokens[..., :12], whole.tokens)
+    longer = sampled(wide, num_candidates=3, max_new_tokens=T + 8)
+    np.testing.assert_array_equal(longer.tokens[..., :T], whole.tokens)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
@@ -247,7 +249,7 @@ def test_tokens_on_a_mesh_are_those_of_one_device(sizes):
     np.testing.assert_array_equal(out.tokens, alone.tokens)
     np.testing.assert_array_equal(out.finish, alone.finish)
     np.testing.assert_allclose(out.logps, alone.logps, atol=1e-4)
-    even = sampled(made_prompts((3,) * 8), params=placed, mesh=mesh)
+    even = sampled(made_prompts((3,) * 8), params=placed, mesh=mesh, top_p=0.9)
     assert len(even.tokens.sharding.device_set) == 8
     assert not even.tokens.sharding.is_fully_replicated
 
@@ -279,7 +281,7 @@ def test_second_round_does_not_compile_again():
 def test_mixture_is_geometric_and_carries_the_log_probs_of_both():
     policy, params = tiny_policy()
     _, reference = tiny_policy(1)
-    out = mixed(0.25, temperature=0.8)
+    out = mixed(0.25)
     own, theirs = (
         jax.nn.log_softmax(predicting_logits(policy, p, made_prompts(), out))
         for p in (params, reference)
@@ -291,8 +293,8 @@ def test_mixture_is_geometric_and_carries_the_log_probs_of_both():
 
 
 def test_mixture_of_weight_zero_or_one_is_one_of_the_policies():
-    np.testing.assert_array_equal(mixed(0.0).tokens, sampled().tokens)
-    reference = sampled(params=tiny_policy(1)[1])
+    np.testing.assert_array_equal(mixed(0.0).tokens, sampled(temperature=0.8).tokens)
+    reference = sampled(params=tiny_policy(1)[1], temperature=0.8)
     np.testing.assert_array_equal(mixed(1).tokens, reference.tokens)
     assert (mixed(0.5).tokens != reference.tokens).any()
 
@@ -300,11 +302,12 @@ def test_mixture_of_weight_zero_or_one_is_one_of_the_policies():
 def test_mixture_with_another_architecture():
     policy, params = tiny_policy()
     other, reference = tiny_policy(1, num_layers=1)
-    config = SamplingConfig(max_new_tokens=12, num_candidates=3)
+    config = SamplingConfig(max_new_tokens=5)
     sampler = make_mixture_sampler(policy, config, STOP, reference=other)
     sampler = functools.partial(sampler, reference_params=reference, mix=1.0)
     out = sampler(params, made_prompts(), jax.random.key(0))
-    np.testing.assert_array_equal(out.tokens, sampled(policy=other, params=reference).tokens)
+    theirs = jax.nn.log_softmax(predicting_logits(other, reference, made_prompts(), out))
+    np.testing.assert_allclose(out.logps, chosen(theirs, out), atol=1e-4)
 
 
 # --- bad input --------------------------------------------------------------------------------
@@ -341,7 +344,7 @@ def test_prompts_that_do_not_fit_are_refused():
     prompts = made_prompts()
     with pytest.raises(ValueError, match="a prompt of 7 tokens and max_new_tokens=58 exceed the"):
         sampled(max_new_tokens=58)
-    assert sampled(max_new_tokens=57, num_candidates=1).tokens.shape == (4, 1, 57)
+    check_prompts((tiny_policy()[0],), prompts, 57)
     empty = dataclasses.replace(prompts, lengths=prompts.lengths.at[0].set(0))
     with pytest.raises(ValueError, match=r"must lie in 1..8, .*; they lie in 0..7"):
         sampled(empty)

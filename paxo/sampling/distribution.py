@@ -5,6 +5,7 @@ entries, no running sum along it. Measured: benchmarks/NOTES.md.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def greedy(logits: Array) -> Array:
     return jnp.minimum(first, logits.shape[-1] - 1)
 
 
-def draw(logits: Array, keys: Array) -> tuple[Array, Array]:
+def draw(logits: Array, uniform: Array) -> tuple[Array, Array]:
     """One token a row by the inverse of the distribution function, and its log-prob in nats.
 
     Two uniform numbers a row, one for a block of tokens and one for a token of the block, stand for
@@ -105,18 +106,16 @@ def draw(logits: Array, keys: Array) -> tuple[Array, Array]:
 
     Args:
         logits: `[..., V]`, -inf where a token cannot be drawn.
-        keys: `[...]` a random key a row.
+        uniform: `[..., 2]` in [0, 1), from `uniforms`.
 
     Returns:
         `[...]` int32 and `[...]`.
 
-    >>> token, logp = draw(jnp.log(jnp.array([0.0, 1.0, 0.0])), jax.random.key(0))
-    >>> int(token), float(logp)
-    (1, 0.0)
+    >>> token, logp = draw(jnp.log(jnp.array([0.5, 0.25, 0.25])), jnp.array([0.0, 0.6]))
+    >>> int(token), float(jnp.exp(logp))
+    (1, 0.25)
     """
     rows, vocabulary = logits.shape[:-1], logits.shape[-1]
-    of_row = lambda key: jax.random.uniform(key, (2,), logits.dtype)  # noqa: E731
-    uniform = jax.vmap(of_row)(keys.reshape(-1)).reshape(*rows, 2)
     size = min(BLOCK, vocabulary)
     short = [(0, 0)] * len(rows) + [(0, -vocabulary % size)]
     blocks = jnp.pad(logits, short, constant_values=-jnp.inf).reshape(*rows, -1, size)
@@ -146,13 +145,18 @@ def log_prob(logits: Array, token: Array) -> Array:
     return chosen - jax.nn.logsumexp(logits, -1)
 
 
-def row_keys(key: Array, ids: Array, candidates: int) -> Array:
-    """`[B, K]` keys: each depends on the prompt's id and the candidate's number alone."""
-    fold = jax.vmap(jax.random.fold_in, (None, 0))
-    of_prompts = fold(key, ids)
-    return jax.vmap(fold, (0, None))(of_prompts, jnp.arange(candidates))
+def uniforms(key: Array, ids: Array, candidates: int, length: int, dtype: Any) -> Array:
+    """`[B, K, T, 2]` uniform numbers for `draw`.
 
+    Each depends on the key, the prompt's id `[B]`, the candidate and the position alone. All are
+    drawn at once: a step of the decoding is then a lookup.
+    """
 
-def keys_at(keys: Array, index: Array) -> Array:
-    """`[B, K]` keys of the rows' `index`-th tokens."""
-    return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, index)))(keys)
+    def of_row(key: Array, prompt: Array, candidate: Array, position: Array) -> Array:
+        for number in (prompt, candidate, position):
+            key = jax.random.fold_in(key, number)
+        return jax.random.uniform(key, (2,), dtype)
+
+    for axis in reversed(range(3)):
+        of_row = jax.vmap(of_row, [None] + [0 if axis == i else None for i in range(3)])
+    return of_row(key, ids, jnp.arange(candidates), jnp.arange(length))

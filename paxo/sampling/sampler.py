@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, placed, remember
-from paxo.sampling.distribution import draw, filtered, greedy, keys_at, log_prob, row_keys
+from paxo.sampling.distribution import draw, filtered, greedy, log_prob, uniforms
 from paxo.types import Array, Completions, Finish, Params, Policy, PromptBatch, Sampler
 
 # Settings of `filtered`.
@@ -185,7 +185,6 @@ class _Loop(NamedTuple):
 def _sample(models: Models, config, stops: Stops, params, weights, prompts, key) -> Completions:
     params = models.prepare(params)
     length, rows = config.max_new_tokens, (len(prompts.tokens), config.num_candidates)
-    keys = row_keys(key, prompts.ids, config.num_candidates)
     caches, hidden = models.prefill(params, prompts, config.num_candidates, length)
 
     def add(loop: _Loop, hidden: tuple[Array, ...]) -> _Loop:
@@ -225,7 +224,8 @@ def _sample(models: Models, config, stops: Stops, params, weights, prompts, key)
         else:
             shape = {name: getattr(config, name) for name in SHAPE}
             logits = filtered(logits, **shape)
-            token, logps = draw(logits, keys_at(keys, index))
+            numbers = jax.lax.dynamic_index_in_dim(uniform, index, 2, keepdims=False)
+            token, logps = draw(logits, numbers)
             if each[0] is logits:  # nothing was done to the policy's own distribution
                 return token, logps, [logps]
         return token, logps, [log_prob(own, token) for own in each]
@@ -240,6 +240,7 @@ def _sample(models: Models, config, stops: Stops, params, weights, prompts, key)
     zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
     dtype = jax.eval_shape(lambda: models.logits(params, hidden)[0]).dtype
     logps = jnp.zeros((*rows, length), dtype)
+    uniform = uniforms(key, prompts.ids, config.num_candidates, length, dtype)
     start = _Loop(
         index=zeros(()),
         caches=caches,
