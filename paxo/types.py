@@ -11,6 +11,7 @@ are in nats.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -97,6 +98,14 @@ class PromptBatch:
     ids: Array
 
 
+class Finish(enum.IntEnum):
+    """Why a completion ends."""
+
+    LENGTH = 0  # it was cut at the longest length
+    STOP_TOKEN = 1
+    STOP_SEQUENCE = 2
+
+
 @pytree
 class Completions:
     """What a sampler drew for each prompt.
@@ -105,15 +114,23 @@ class Completions:
         tokens: `[B, K, T]` int32, the stop token included, 0 after it.
         mask: `[B, K, T]` bool, True on drawn tokens.
         logps: `[B, K, T]` float32 log-prob of each token under the distribution it was drawn from,
-            0 where masked.
-        finished: `[B, K]` bool, True where a stop token ended the completion and False where the
-            length limit did.
+            after temperature, truncation and mixture; 0 where masked, and where nothing was random.
+        finish: `[B, K]` int32, the `Finish` that says why the completion ends.
+        token_logps: role -> `[B, K, T]` float32 log-prob of each token under that policy itself,
+            without temperature or truncation, 0 where masked: "policy", and "reference" where two
+            policies took part. What importance ratios, and losses on samples, need.
     """
 
     tokens: Array
     mask: Array
     logps: Array
-    finished: Array
+    finish: Array
+    token_logps: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+    @property
+    def finished(self) -> Array:
+        """`[B, K]` bool, False where the length limit cut the completion."""
+        return self.finish != Finish.LENGTH
 
 
 class Decode(NamedTuple):
@@ -124,10 +141,16 @@ class Decode(NamedTuple):
             [B, D])`, the hidden state that predicts the first new token.
         step: `(params, cache, tokens [B, K], index) -> (cache, hidden [B, K, D])` after the
             index-th new token.
+        prepare: `(params) -> params` that prefill, step and the head are called with: what is the
+            same for all tokens is done there.
+        select: `(cache, candidates [B, K]) -> cache` in which candidate j goes on from the tokens
+            of candidate `candidates[b, j]`, as beam search needs; None if there is no such thing.
     """
 
     prefill: Callable[..., tuple[Any, Array]]
     step: Callable[..., tuple[Any, Array]]
+    prepare: Callable[[Params], Params] = lambda params: params
+    select: Callable[[Any, Array], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,6 +168,7 @@ class Policy:
         decode: prefill and step over a key-value cache.
         heads: name -> `(params, hidden [..., D]) -> [...]`, extra trained outputs whose parameters
             lie under `params["heads"][name]`.
+        max_positions: longest sequence, tokens; None where there is no limit.
     """
 
     init: Callable[[Array], Params]
@@ -154,6 +178,7 @@ class Policy:
     logical_axes: Any
     decode: Decode
     heads: Mapping[str, Callable[[Params, Array], Array]] = dataclasses.field(default_factory=dict)
+    max_positions: int | None = None
 
 
 class Scorer(Protocol):

@@ -1,70 +1,230 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paxo.sampling import SamplingConfig, draw, make_sampler, truncated
-from paxo.types import PromptBatch
+from paxo.models.sharding import make_mesh, param_shardings
+from paxo.sampling import SamplingConfig, filtered, make_mixture_sampler, make_sampler
+from paxo.sampling.decoding import check_prompts
+from paxo.sampling.sampler import _sample
+from paxo.types import Decode, Finish, Policy, PromptBatch
+from tests.compiling import compilations, quick_compiles  # noqa: F401
 from tests.made import tiny_policy
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STOP = (2,)
+VOCABULARY = 40
+T = 24
 
 
 def made_prompts(lengths=(3, 7, 5, 1), width=8, seed=0):
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(3, 40, (len(lengths), width))
+    tokens = rng.integers(3, VOCABULARY, (len(lengths), width))
     tokens[np.arange(width) >= np.array(lengths)[:, None]] = 0
     return PromptBatch(jnp.array(tokens, jnp.int32), jnp.array(lengths), jnp.arange(len(lengths)))
 
 
-def sampled(prompts=None, key=0, **changes):
-    policy, params = tiny_policy()
-    config = SamplingConfig(**{"max_new_tokens": 12, "num_candidates": 3, **changes})
+def sampled(prompts=None, key=0, params=None, stop=STOP, mesh=None, policy=None, **changes):
+    tiny, own = tiny_policy()
+    config = SamplingConfig(**{"max_new_tokens": T, "num_candidates": 3, **changes})
     prompts = made_prompts() if prompts is None else prompts
-    return make_sampler(policy, config, STOP)(params, prompts, jax.random.key(key))
+    sampler = make_sampler(policy or tiny, config, stop, mesh=mesh)
+    return sampler(own if params is None else params, prompts, jax.random.key(key))
 
 
-def alone_logits(policy, params, sequence):
-    tokens = jnp.array([sequence], jnp.int32)
+def mixed(mix, key=0):
+    policy, params = tiny_policy()
+    _, reference = tiny_policy(1)
+    config = SamplingConfig(max_new_tokens=T, num_candidates=3, temperature=0.8)
+    sampler = make_mixture_sampler(policy, config, STOP)
+    keys = {"reference_params": reference, "mix": mix}
+    return sampler(params, made_prompts(), jax.random.key(key), **keys)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(policy, params, tokens):
+    """`[N, L, V]` of right-padded sequences, each without a cache or a neighbour."""
     ones = jnp.ones_like(tokens)
-    positions = jnp.arange(tokens.shape[1])[None]
-    return policy.head(params, policy.trunk(params, tokens, positions, ones, ones - 1))[0]
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return policy.head(params, policy.trunk(params, tokens, positions, ones, ones - 1))
+
+
+def predicting_logits(policy, params, prompts, out):
+    """`[B, K, T, V]` logits that predict each token, from a run over the whole sequences."""
+    (b, k, t), width = out.tokens.shape, prompts.tokens.shape[1]
+    whole = np.zeros((b, k, width + t), np.int32)
+    lengths = np.asarray(prompts.lengths)
+    for i, length in enumerate(lengths):
+        whole[i, :, :length] = prompts.tokens[i, :length]
+        whole[i, :, length : length + t] = out.tokens[i]
+    logits = logits_of(policy, params, jnp.array(whole.reshape(b * k, -1)))
+    at = np.repeat(lengths, k)[:, None] - 1 + np.arange(t)
+    return np.take_along_axis(np.asarray(logits), at[..., None], 1).reshape(b, k, t, -1)
+
+
+def chosen(logps, out):
+    """`[B, K, T, V] -> [B, K, T]` of the drawn tokens, 0 on padding."""
+    picked = np.take_along_axis(np.asarray(logps), np.asarray(out.tokens)[..., None], -1)[..., 0]
+    return np.where(out.mask, picked, 0)
+
+
+def rows(out):
+    """Token lists of all completions."""
+    flat = zip(
+        out.tokens.reshape(-1, out.tokens.shape[-1]), out.mask.reshape(-1, out.mask.shape[-1])
+    )
+    return [np.asarray(tokens)[np.asarray(mask)].tolist() for tokens, mask in flat]
+
+
+# --- tokens and log-probs ---------------------------------------------------------------------
 
 
 def test_greedy_tokens_are_the_argmax_of_each_sequence_run_alone():
     policy, params = tiny_policy()
-    prompts = made_prompts()
-    out = sampled(prompts, temperature=0.0, num_candidates=1)
-    for b, length in enumerate(prompts.lengths):
-        sequence = prompts.tokens[b, :length].tolist()
-        drawn = out.tokens[b, 0][out.mask[b, 0]].tolist()
-        for token in drawn:
-            assert int(jnp.argmax(alone_logits(policy, params, sequence)[-1])) == token
-            sequence.append(token)
+    out = sampled(temperature=0.0, num_candidates=1)
+    logits = predicting_logits(policy, params, made_prompts(), out)
+    np.testing.assert_array_equal(np.where(out.mask, logits.argmax(-1), 0), out.tokens)
+    assert (out.logps == 0).all()
+    own = chosen(jax.nn.log_softmax(logits), out)
+    np.testing.assert_allclose(out.token_logps["policy"], own, atol=1e-4)
 
 
 def test_log_probs_are_those_of_the_sequence_run_alone():
     policy, params = tiny_policy()
-    prompts = made_prompts()
-    out = sampled(prompts)
-    for b, length in enumerate(prompts.lengths):
-        for k in range(3):
-            drawn = out.tokens[b, k][out.mask[b, k]].tolist()
-            sequence = prompts.tokens[b, :length].tolist() + drawn
-            logps = jax.nn.log_softmax(alone_logits(policy, params, sequence), -1)
-            wanted = [logps[length - 1 + i, t] for i, t in enumerate(drawn)]
-            np.testing.assert_allclose(out.logps[b, k][out.mask[b, k]], wanted, atol=1e-4)
+    out = sampled()
+    logits = predicting_logits(policy, params, made_prompts(), out)
+    np.testing.assert_allclose(out.logps, chosen(jax.nn.log_softmax(logits), out), atol=1e-4)
+    np.testing.assert_array_equal(out.logps, out.token_logps["policy"])
+
+
+def test_drawn_and_own_log_probs_differ_by_temperature_and_truncation():
+    policy, params = tiny_policy()
+    shape = {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.05}
+    out = sampled(**shape)
+    logits = predicting_logits(policy, params, made_prompts(), out)
+    drawn = jax.nn.log_softmax(filtered(jnp.array(logits), **shape))
+    np.testing.assert_allclose(out.logps, chosen(drawn, out), atol=1e-4)
+    own = chosen(jax.nn.log_softmax(logits), out)
+    np.testing.assert_allclose(out.token_logps["policy"], own, atol=1e-4)
+    assert np.abs(out.logps - own).max() > 0.1
+
+
+def test_scanned_layers_give_the_tokens_of_unrolled_ones():
+    scanned, _ = tiny_policy(unroll=False)
+    np.testing.assert_array_equal(sampled(policy=scanned).tokens, sampled().tokens)
+
+
+def test_bfloat16_model_gives_float32_log_probs():
+    policy, _ = tiny_policy(compute_dtype="bfloat16")
+    out = sampled(policy=policy)
+    assert out.logps.dtype == jnp.float32
+    assert (out.logps[out.mask] < 0).all()
+    assert jnp.isfinite(out.logps).all()
+
+
+# --- where a completion ends ------------------------------------------------------------------
 
 
 def test_stop_token_ends_a_completion_and_only_there_it_is_finished():
-    out = sampled(key=1, max_new_tokens=40)
-    tokens, mask, finished = np.asarray(out.tokens), np.asarray(out.mask), np.asarray(out.finished)
-    assert finished.any()
-    for row, m, done in zip(tokens.reshape(-1, 40), mask.reshape(-1, 40), finished.ravel()):
-        stops = np.flatnonzero(row == STOP[0])
-        assert done == (len(stops) > 0)
-        assert m.sum() == (stops[0] + 1 if done else 40)
-        assert (row[~m] == 0).all()
+    out = sampled(key=1)
+    assert out.finished.any()
+    assert not out.finished.all()
+    finish = np.asarray(out.finish).ravel()
+    for tokens, reason in zip(rows(out), finish):
+        stopped = reason == Finish.STOP_TOKEN
+        assert stopped == (STOP[0] in tokens)
+        assert tokens.count(STOP[0]) == int(stopped)
+        assert tokens[-1] == STOP[0] if stopped else len(tokens) == T
+    assert (np.asarray(out.tokens)[~np.asarray(out.mask)] == 0).all()
+    assert set(finish.tolist()) == {Finish.STOP_TOKEN, Finish.LENGTH}
+
+
+def test_stop_sequence_ends_a_completion_with_its_last_token():
+    free = rows(sampled())
+    pair, triple = tuple(free[0][3:5]), tuple(free[4][6:9])
+    out = sampled(stop_sequences=(pair, triple))
+    for before, after, reason in zip(free, rows(out), np.asarray(out.finish).ravel()):
+        ends = [
+            i
+            for i in range(1, len(before) + 1)
+            if tuple(before[max(0, i - 2) : i]) == pair
+            or tuple(before[max(0, i - 3) : i]) == triple
+        ]
+        end = min(ends, default=len(before))
+        assert after == before[:end]
+        assert (reason == Finish.STOP_SEQUENCE) == bool(ends)
+    assert int(out.finish[0, 0]) == Finish.STOP_SEQUENCE
+    assert int(out.finish[1, 1]) == Finish.STOP_SEQUENCE
+
+
+def test_stop_sequence_needs_all_its_tokens_in_the_completion():
+    prompts = made_prompts()
+    first = int(sampled(prompts).tokens[1, 0, 0])
+    last = int(prompts.tokens[1, 6])
+    out = sampled(prompts, stop_sequences=((last, first),), stop=())
+    assert int(out.mask[1, 0].sum()) > 1
+
+
+def test_stop_token_goes_before_a_stop_sequence_that_it_ends():
+    free = sampled(key=1)
+    stopped = np.asarray(free.finish) == Finish.STOP_TOKEN
+    b, k = np.argwhere(stopped & (np.asarray(free.mask).sum(-1) > 1))[0]
+    tokens = np.asarray(free.tokens[b, k])[np.asarray(free.mask[b, k])]
+    out = sampled(key=1, stop_sequences=(tuple(tokens[-2:].tolist()),))
+    assert int(out.finish[b, k]) == Finish.STOP_TOKEN
+
+
+def test_minimum_length_keeps_the_stop_token_away():
+    out = sampled(min_new_tokens=6)
+    assert not (out.tokens[..., :6] == STOP[0]).any()
+    assert (out.mask.sum(-1) >= 7).all()
+    assert out.finished.any()
+
+
+def test_minimum_length_overlooks_stop_sequences():
+    free = rows(sampled())[0]
+    early, late = tuple(free[2:4]), tuple(free[8:10])
+    out = sampled(min_new_tokens=6, stop_sequences=(early, late), stop=())
+    assert rows(out)[0] == free[:10]
+    assert int(out.finish[0, 0]) == Finish.STOP_SEQUENCE
+
+
+def counting_policy(stop_after, log):
+    """Counts its steps; token 1 until prompt i has `stop_after[i]` tokens, then the stop token."""
+    state = jnp.array(stop_after)
+
+    def hidden(index):
+        return jnp.where(index + 1 >= state, 2, 1)[:, None]
+
+    def prefill(params, tokens, lengths, candidates, max_new):
+        return jnp.zeros(()), jax.nn.one_hot(hidden(jnp.array(0))[:, 0], 4)
+
+    def step(params, cache, tokens, index):
+        jax.debug.callback(lambda i: log.append(int(i)), index)
+        shape = (*tokens.shape, 4)
+        return cache, jnp.broadcast_to(jax.nn.one_hot(hidden(index + 1), 4), shape)
+
+    head = lambda params, hidden: 100.0 * hidden  # noqa: E731
+    return Policy(None, None, head, None, None, Decode(prefill, step))
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "steps"), [((2, 5, 3, 1), 4), ((1,) * 4, 0), ((99,) * 4, 29)]
+)
+def test_decoding_ends_with_the_last_row_that_is_done(stop_after, steps):
+    log = []
+    policy = counting_policy(stop_after, log)
+    out = sampled(policy=policy, params={}, max_new_tokens=30, num_candidates=2)
+    jax.effects_barrier()
+    assert out.mask.sum(-1).tolist() == [[min(n, 30)] * 2 for n in stop_after]
+    assert len(log) == steps
+
+
+# --- random keys ------------------------------------------------------------------------------
 
 
 def test_tokens_do_not_depend_on_batch_size_padding_or_number_of_candidates():
@@ -74,7 +234,24 @@ def test_tokens_do_not_depend_on_batch_size_padding_or_number_of_candidates():
     alone = sampled(one, num_candidates=1)
     np.testing.assert_array_equal(alone.tokens[0, 0], whole.tokens[1, 0])
     wide = PromptBatch(jnp.pad(prompts.tokens, ((0, 0), (0, 9))), prompts.lengths, prompts.ids)
-    np.testing.assert_array_equal(sampled(wide, num_candidates=3).tokens, whole.tokens)
+    longer = sampled(wide, num_candidates=3, max_new_tokens=T + 8)
+    np.testing.assert_array_equal(longer.tokens[..., :T], whole.tokens)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_tokens_on_a_mesh_are_those_of_one_device(sizes):
+    policy, params = tiny_policy()
+    mesh = make_mesh(**sizes)
+    placed = jax.device_put(params, param_shardings(policy.logical_axes, params, mesh))
+    prompts = made_prompts((3, 7, 5, 1, 2))  # which the devices do not divide
+    out = sampled(prompts, params=placed, mesh=mesh, top_p=0.9)
+    alone = sampled(prompts, top_p=0.9)
+    np.testing.assert_array_equal(out.tokens, alone.tokens)
+    np.testing.assert_array_equal(out.finish, alone.finish)
+    np.testing.assert_allclose(out.logps, alone.logps, atol=1e-4)
+    even = sampled(made_prompts((3,) * 8), params=placed, mesh=mesh, top_p=0.9)
+    assert len(even.tokens.sharding.device_set) == 8
+    assert not even.tokens.sharding.is_fully_replicated
 
 
 def test_candidates_and_keys_differ_and_the_same_key_repeats():
@@ -84,51 +261,107 @@ def test_candidates_and_keys_differ_and_the_same_key_repeats():
     np.testing.assert_array_equal(a.tokens, sampled(key=0).tokens)
 
 
-def test_minimum_length_keeps_the_stop_token_away():
-    out = sampled(min_new_tokens=6, max_new_tokens=12)
-    assert not (out.tokens[..., :6] == STOP[0]).any()
-
-
-def test_draws_follow_the_distribution():
-    probabilities = jnp.array([0.5, 0.2, 0.0, 0.3])
-    n = 20_000
-    keys = jax.random.split(jax.random.key(0), n)
-    config = SamplingConfig(max_new_tokens=1)
-    token, logp = draw(jnp.log(jnp.broadcast_to(probabilities, (n, 4))), keys, 0, config)
-    found = np.bincount(token, minlength=4) / n
-    # Three standard errors of a share of 0.5.
-    np.testing.assert_allclose(found, probabilities, atol=3 * 0.5 / n**0.5)
-    assert found[2] == 0
-    np.testing.assert_allclose(logp, jnp.log(probabilities)[token], rtol=1e-5)
-
-
-def test_temperature_divides_the_logits():
-    logits = jnp.array([[1.0, 3.0]])
-    keys = jax.random.split(jax.random.key(0), 1)
-    _, logp = draw(logits, keys, 0, SamplingConfig(max_new_tokens=1, temperature=2.0))
-    both = jax.nn.log_softmax(logits[0] / 2)
-    assert float(logp[0]) in [pytest.approx(float(x)) for x in both]
-
-
-def test_top_k_and_top_p_keep_the_smallest_sets():
-    logits = jnp.log(jnp.array([0.1, 0.4, 0.3, 0.2]))
-    assert jnp.isfinite(truncated(logits, 2, 1.0)).tolist() == [False, True, True, False]
-    assert jnp.isfinite(truncated(logits, 0, 0.69)).tolist() == [False, True, True, False]
-    assert jnp.isfinite(truncated(logits, 0, 0.71)).tolist() == [False, True, True, True]
-    assert jnp.isfinite(truncated(logits, 0, 1e-6)).tolist() == [False, True, False, False]
-
-
-def test_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"sampling.top_p must lie in \(0, 1\]; got 0"):
-        SamplingConfig(max_new_tokens=4, top_p=0.0)
-    with pytest.raises(ValueError, match="stop_ids is empty"):
-        make_sampler(tiny_policy()[0], SamplingConfig(max_new_tokens=4), ())
-
-
 def test_second_round_does_not_compile_again():
-    from paxo import sampling
-
+    policy, _ = tiny_policy()
     sampled()
-    before = sampling._sample._cache_size()
-    sampled(key=5)
-    assert sampling._sample._cache_size() == before
+    mixed(0.25)
+    other = jax.block_until_ready(policy.init(jax.random.key(7)))
+    prompts = jax.block_until_ready(made_prompts(seed=3))
+    before = _sample._cache_size()
+    with compilations() as compiled:
+        sampled(prompts, key=5, params=other)
+        mixed(0.5)
+    assert _sample._cache_size() == before
+    assert compiled.count <= 3  # the seed's key and the weights' array, not the sampler
+
+
+# --- mixtures ---------------------------------------------------------------------------------
+
+
+def test_mixture_is_geometric_and_carries_the_log_probs_of_both():
+    policy, params = tiny_policy()
+    _, reference = tiny_policy(1)
+    out = mixed(0.25)
+    own, theirs = (
+        jax.nn.log_softmax(predicting_logits(policy, p, made_prompts(), out))
+        for p in (params, reference)
+    )
+    mixture = jax.nn.log_softmax((0.75 * own + 0.25 * theirs) / 0.8)
+    np.testing.assert_allclose(out.logps, chosen(mixture, out), atol=1e-4)
+    np.testing.assert_allclose(out.token_logps["policy"], chosen(own, out), atol=1e-4)
+    np.testing.assert_allclose(out.token_logps["reference"], chosen(theirs, out), atol=1e-4)
+
+
+def test_mixture_of_weight_zero_or_one_is_one_of_the_policies():
+    np.testing.assert_array_equal(mixed(0.0).tokens, sampled(temperature=0.8).tokens)
+    reference = sampled(params=tiny_policy(1)[1], temperature=0.8)
+    np.testing.assert_array_equal(mixed(1).tokens, reference.tokens)
+    assert (mixed(0.5).tokens != reference.tokens).any()
+
+
+def test_mixture_with_another_architecture():
+    policy, params = tiny_policy()
+    other, reference = tiny_policy(1, num_layers=1)
+    config = SamplingConfig(max_new_tokens=5)
+    sampler = make_mixture_sampler(policy, config, STOP, reference=other)
+    sampler = functools.partial(sampler, reference_params=reference, mix=1.0)
+    out = sampler(params, made_prompts(), jax.random.key(0))
+    theirs = jax.nn.log_softmax(predicting_logits(other, reference, made_prompts(), out))
+    np.testing.assert_allclose(out.logps, chosen(theirs, out), atol=1e-4)
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_p": 0.0}, r"sampling.top_p must lie in \(0, 1\]; got 0"),
+        ({"min_p": 1.5}, r"sampling.min_p must lie in \[0, 1\]; got 1.5"),
+        ({"temperature": -1.0}, "sampling.temperature must be at least 0; got -1"),
+        ({"temperature": float("nan")}, "sampling.temperature must be at least 0; got nan"),
+        ({"max_new_tokens": 0}, "sampling.max_new_tokens must be at least 1; got 0"),
+        ({"min_new_tokens": 5}, "min_new_tokens must not exceed max_new_tokens; got 5 and 4"),
+        ({"stop_sequences": ((),)}, "stop_sequences holds an empty sequence"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(tiny_policy()[0], SamplingConfig(**({"max_new_tokens": 4} | changes)), STOP)
+
+
+def test_a_sampler_that_could_never_finish_is_refused():
+    config = SamplingConfig(max_new_tokens=4)
+    with pytest.raises(ValueError, match="stop_ids is empty"):
+        make_sampler(tiny_policy()[0], config, ())
+    with pytest.raises(ValueError, match=r"stop tokens \[40\] lie outside of the 40 tokens"):
+        sampled(stop=(2, 40))
+    with pytest.raises(ValueError, match="min_new_tokens forbids all 40 tokens"):
+        sampled(stop=tuple(range(VOCABULARY)), min_new_tokens=1)
+
+
+def test_prompts_that_do_not_fit_are_refused():
+    prompts = made_prompts()
+    with pytest.raises(ValueError, match="a prompt of 7 tokens and max_new_tokens=58 exceed the"):
+        sampled(max_new_tokens=58)
+    check_prompts((tiny_policy()[0],), prompts, 57)
+    empty = dataclasses.replace(prompts, lengths=prompts.lengths.at[0].set(0))
+    with pytest.raises(ValueError, match=r"must lie in 1..8, .*; they lie in 0..7"):
+        sampled(empty)
+    with pytest.raises(ValueError, match=r"must lie in 1..8, .*; they lie in 1..9"):
+        sampled(dataclasses.replace(prompts, lengths=prompts.lengths.at[0].set(9)))
+    with pytest.raises(ValueError, match=r"prompts are empty: tokens have shape \(0, 8\)"):
+        sampled(jax.tree.map(lambda x: x[:0], prompts))
+    with pytest.raises(ValueError, match=r"got shapes \(4, 8\), \(4,\) and \(3,\)"):
+        sampled(dataclasses.replace(prompts, ids=prompts.ids[:3]))
+
+
+def test_mixture_of_different_vocabularies_or_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"mix is the reference's weight .*; got 1.5"):
+        mixed(1.5)
+    policy, params = tiny_policy()
+    other, reference = tiny_policy(1, vocab_size=41)
+    config = SamplingConfig(max_new_tokens=4)
+    sampler = make_mixture_sampler(policy, config, STOP, reference=other)
+    with pytest.raises(ValueError, match="different vocabularies: 40 and 41 tokens"):
+        sampler(params, made_prompts(), jax.random.key(0), reference_params=reference, mix=0.5)

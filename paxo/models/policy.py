@@ -23,23 +23,40 @@ CHECKPOINT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
+# Axis names of a layer's cache.
+PROMPT_AXES = ("batch", "activation_kv_heads", "length", None)
+OWN_AXES = ("batch", "activation_kv_heads", "length", None)
 
-class Cache(NamedTuple):
-    """Keys and values of N layers; the prompt's are stored once for its K candidates.
+
+class LayerCache(NamedTuple):
+    """Keys and values of a layer; the prompt's are stored once for its K candidates.
+
+    Heads come before tokens, so that no product over the cache has to transpose it first.
 
     Attributes:
-        prompt_keys: `[N, B, P, G, H]`, and `prompt_values` alike.
+        prompt_keys: `[B, G, P, H]`, and `prompt_values` alike.
         prompt_values: see `prompt_keys`.
-        lengths: `[B]` tokens of each prompt.
-        keys: `[N, B, K, T, G, H]` of the new tokens, and `values` alike.
+        keys: `[B * K, G, T, H]` of the new tokens, and `values` alike.
         values: see `keys`.
     """
 
     prompt_keys: Array
     prompt_values: Array
-    lengths: Array
     keys: Array
     values: Array
+
+
+class Cache(NamedTuple):
+    """What decoding keeps.
+
+    Attributes:
+        lengths: `[B]` tokens of each prompt.
+        layers: a `LayerCache` for each layer in a tuple, or one with an axis over layers in front,
+            as the layers' parameters come.
+    """
+
+    lengths: Array
+    layers: Any
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,7 +78,13 @@ def make_policy(config: ModelConfig) -> Policy:
         head=functools.partial(_head, config),
         unembed=functools.partial(_unembed, config),
         logical_axes=_logical_axes(config),
-        decode=Decode(functools.partial(_prefill, config), functools.partial(_decode, config)),
+        decode=Decode(
+            functools.partial(_prefill, config),
+            functools.partial(_decode, config),
+            prepare=functools.partial(_prepare, config),
+            select=_select,
+        ),
+        max_positions=config.max_positions,
     )
 
 
@@ -99,7 +122,8 @@ def _run_layers(
 ):
     """Runs `x` through all layers: `attend(q, k, v, of_this_layer) -> (attended, kept)`.
 
-    Returns the last `x` and what each layer kept, stacked.
+    Returns the last `x` and what each layer kept, stacked; `per_layer` and what was kept are tuples
+    where the layers' parameters are.
     """
     graph, state = _abstract_block(config)
 
@@ -114,7 +138,14 @@ def _run_layers(
         layer = jax.checkpoint(
             layer, policy=CHECKPOINT_POLICIES[config.remat], prevent_cse=config.unrolled
         )
-    return jax.lax.scan(layer, x, (params["layers"], per_layer), unroll=config.unrolled or 1)
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        kept = []
+        for inputs in zip(layers, per_layer or (None,) * len(layers)):
+            x, of_this = layer(x, inputs)
+            kept.append(of_this)
+        return x, tuple(kept)
+    return jax.lax.scan(layer, x, (layers, per_layer), unroll=config.unrolled or 1)
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
@@ -152,9 +183,27 @@ def _head(config: ModelConfig, params: Params, hidden: Array) -> Array:
     return jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
 
 
+def _prepare(config: ModelConfig, params: Params) -> Params:
+    """Decoding's parameters: in the dtype of the products; where layers unroll, a tuple of them.
+
+    A step would otherwise cast all weights, and cut every layer's out of the stacked arrays, again.
+    """
+    names = ("embed", "layers", "norm", "head")
+    kept = {name: params[name] for name in names if name in params}
+    kept = jax.tree.map(lambda x: x.astype(config.compute_dtype), kept)
+    return kept | {"layers": _layer_by_layer(config, kept["layers"])}
+
+
+def _layer_by_layer(config: ModelConfig, stacked: Any) -> Any:
+    """A tuple of the layers' trees where layers unroll, else the stacked tree itself."""
+    if not config.unrolled:
+        return stacked
+    of_layer = lambda number: jax.tree.map(lambda x: x[number], stacked)  # noqa: E731
+    return tuple(map(of_layer, range(config.num_layers)))
+
+
 def _prefill(config, params, tokens, lengths, num_candidates, max_new) -> tuple[Cache, Array]:
-    batch, length = tokens.shape
-    index = jnp.arange(length)
+    index = jnp.arange(tokens.shape[1])
     positions = jnp.broadcast_to(index, tokens.shape)
     # Right padding lies after every prompt token, so the causal rule alone keeps it out.
     group = (index < lengths[:, None]).astype(jnp.int32)
@@ -164,60 +213,68 @@ def _prefill(config, params, tokens, lengths, num_candidates, max_new) -> tuple[
     def attend(q, k, v, _):
         q = transformer.rotate(q, positions, frequencies)
         k = transformer.rotate(k, positions, frequencies)
-        return packed_attention(q, k, v, group, branch), (k, v)
+        shape = (len(tokens) * num_candidates, config.num_kv_heads, max_new, config.head_dim)
+        empty = constrain(jnp.zeros(shape, k.dtype), *OWN_AXES)
+        prompt = (constrain(x.swapaxes(1, 2), *PROMPT_AXES) for x in (k, v))
+        return packed_attention(q, k, v, group, branch), LayerCache(*prompt, empty, empty)
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
-    x, (keys, values) = _run_layers(config, params, x, attend)
+    x, layers = _run_layers(config, params, x, attend)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    shape = (
-        config.num_layers,
-        batch,
-        num_candidates,
-        max_new,
-        config.num_kv_heads,
-        config.head_dim,
-    )
-    empty = jnp.zeros(shape, keys.dtype)
-    return Cache(keys, values, lengths, empty, empty), _norm(config, params, last)[:, 0]
+    return Cache(lengths, layers), _norm(config, params, last)[:, 0]
 
 
 def _decode(config, params, cache: Cache, tokens, index) -> tuple[Cache, Array]:
     """One token for each of the candidates `[B, K]`, the index-th after the prompt."""
     frequencies = transformer.rotary_frequencies(config)
     positions = jnp.broadcast_to((cache.lengths + index)[:, None], tokens.shape)
-    prompt_length, new_length = cache.prompt_keys.shape[2], cache.keys.shape[3]
-    in_prompt = jnp.arange(prompt_length) < cache.lengths[:, None]
-    before = jnp.arange(new_length) < index
 
-    def attend(q, k, v, layer_cache):
+    def attend(q, k, v, layer: LayerCache):
         q = transformer.rotate(q, positions, frequencies)
         k = transformer.rotate(k, positions, frequencies)
-        return _cached_attention(q, k, v, layer_cache, in_prompt, before), (k, v)
+        # Written before it is read, and in the very shape that is read: XLA then writes in place,
+        # where it would copy the cache of every layer for another shape.
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=2)
+        layer = layer._replace(keys=put(layer.keys, _rows(k)), values=put(layer.values, _rows(v)))
+        return _cached_attention(q, layer, cache.lengths, index), layer
 
-    per_layer = (cache.prompt_keys, cache.prompt_values, cache.keys, cache.values)
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
-    x, (keys, values) = _run_layers(config, params, x, attend, per_layer)
-    # Layers only read the cache; their new entries are written once, in place.
-    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=3)
-    cache = cache._replace(keys=put(cache.keys, keys), values=put(cache.values, values))
-    return cache, _norm(config, params, x)
+    x, layers = _run_layers(config, params, x, attend, cache.layers)
+    return Cache(cache.lengths, layers), _norm(config, params, x)
 
 
-def _cached_attention(q, k, v, layer_cache, in_prompt, before) -> Array:
-    """`q [B, K, G, Q, H]` over the shared prompt, the candidate's past and itself (`k, v`)."""
-    prompt_k, prompt_v, own_k, own_v = layer_cache
+def _rows(x: Array) -> Array:
+    """`[B, K, ...] -> [B * K, ...]`."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _cached_attention(q: Array, cache: LayerCache, lengths: Array, index: Array) -> Array:
+    """`q [B, K, G, Q, H]` over the shared prompt and the candidate's tokens up to `index`."""
+    prompt_length, new_length = cache.prompt_keys.shape[2], cache.keys.shape[2]
     score = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q = q * q.shape[-1] ** -0.5
-    to_prompt = score("bkgqh,bpgh->bkgqp", q, prompt_k)
+    to_prompt = score("bkgqh,bgph->bkgqp", q, cache.prompt_keys)
+    in_prompt = jnp.arange(prompt_length) < lengths[:, None]
     to_prompt = jnp.where(in_prompt[:, None, None, None], to_prompt, MASKED)
-    to_own = score("bkgqh,bktgh->bkgqt", q, own_k)
-    to_own = jnp.where(before, to_own, MASKED)
-    to_self = score("bkgqh,bkgh->bkgq", q, k)[..., None]
-    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_own, to_self], -1), -1).astype(v.dtype)
-    split = prompt_k.shape[1], prompt_k.shape[1] + own_k.shape[2]
-    on_prompt, on_own, on_self = jnp.split(weights, split, -1)
-    return (
-        jnp.einsum("bkgqp,bpgh->bkgqh", on_prompt, prompt_v)
-        + jnp.einsum("bkgqt,bktgh->bkgqh", on_own, own_v)
-        + on_self * v[:, :, :, None]
-    )
+    to_own = score("ngqh,ngth->ngqt", _rows(q), cache.keys)
+    to_own = jnp.where(jnp.arange(new_length) <= index, to_own, MASKED)
+    scores = jnp.concatenate([to_prompt, to_own.reshape(*q.shape[:-1], new_length)], -1)
+    weights = jax.nn.softmax(scores, -1).astype(q.dtype)
+    on_prompt, on_own = jnp.split(weights, [prompt_length], -1)
+    from_prompt = jnp.einsum("bkgqp,bgph->bkgqh", on_prompt, cache.prompt_values)
+    from_own = jnp.einsum("ngqt,ngth->ngqh", _rows(on_own), cache.values)
+    return from_prompt + from_own.reshape(q.shape)
+
+
+def _select(cache: Cache, candidates: Array) -> Cache:
+    """Candidate j goes on from what candidate `candidates[b, j]` has written."""
+    width = candidates.shape[1]
+    rows = (candidates + width * jnp.arange(len(candidates))[:, None]).ravel()
+
+    def of_layer(layer: LayerCache, axis: int) -> LayerCache:
+        take = functools.partial(jnp.take, indices=rows, axis=axis)
+        return layer._replace(keys=take(layer.keys), values=take(layer.values))
+
+    if isinstance(cache.layers, LayerCache):
+        return cache._replace(layers=of_layer(cache.layers, 1))
+    return cache._replace(layers=tuple(of_layer(layer, 0) for layer in cache.layers))
