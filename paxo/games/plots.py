@@ -3,8 +3,6 @@
 import os
 from collections.abc import Mapping
 
-import matplotlib.figure
-
 # title -> method -> iteration -> figure
 Tables = Mapping[str, Mapping[str, Mapping[int, float]]]
 
@@ -26,6 +24,8 @@ def plot_tables(
         log_y: logarithmic figures; smaller ones than `floor` are drawn there.
         floor: see `log_y`.
     """
+    import matplotlib.figure
+
     figure = matplotlib.figure.Figure(figsize=(5 * len(tables), 4), layout="constrained")
     for axes, (title, methods) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items()
