@@ -12,9 +12,9 @@ from paxo.objectives import LOSSES
 from tests.made_run import PROJECT
 
 
-def measured(*arguments, **variables):
+def measured(*arguments, module="benchmarks.dpo_step", **variables):
     return subprocess.run(
-        [sys.executable, "-m", "benchmarks.dpo_step", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=PROJECT,
         env=os.environ | {"XLA_FLAGS": ""} | variables,
         capture_output=True,
@@ -42,6 +42,19 @@ def test_without_a_bench_folder_one_line_says_so(tmp_path):
     assert (
         finished.stderr == f"{tmp_path}: no common.py there; set PAXO_BENCH to the bench folder\n"
     )
+
+
+def test_sampling_is_measured_lap_by_lap():
+    if not (dpo_step.bench_folder() / "common.py").is_file():
+        pytest.skip(f"no bench folder at {dpo_step.bench_folder()}: set PAXO_BENCH")
+    options = "--workload W2 --laps 2 --prompts 3 --candidates 2 --new-tokens 4 --prompt-length 5"
+    finished = measured(*options.split(), module="benchmarks.sampling")
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads(finished.stdout)
+    assert found["program"] == "paxo"
+    assert found["cpu"] > 0
+    assert found["tokens_per_s"] == pytest.approx(3 * 2 * 4 / found["wall"], rel=0.05)
+    assert found["times_paxo_cpu"] == 1
 
 
 @pytest.mark.slow
