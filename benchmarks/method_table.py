@@ -1,6 +1,6 @@
 """Writes the table of methods into README.md: name, paper, inputs, and the figure of each.
 
-    PAXO_FIGURES=benchmarks/methods.json python -m pytest -m slow tests/methods
+    PAXO_FIGURES=benchmarks/methods.json python -m pytest -n 2 --dist=load -m slow tests/methods
     python -m benchmarks.method_table
 
 The figures are those of the training test, which trains every method on the quickstart's task.
