@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import os
-import pathlib
 
 import numpy as np
 import pytest
