@@ -15,8 +15,10 @@ __version__ = "0.1.0"  # setup.py reads this line
 
 # Public name -> the module that defines it, or the module itself.
 _PUBLIC = {
+    "CompletionScorer": "paxo.reward_scoring",
     "Completions": "paxo.types",
     "Experiment": "paxo.experiment",
+    "HeadScorer": "paxo.reward_scoring",
     "Judge": "paxo.types",
     "LOSSES": "paxo.objectives",
     "Mean": "paxo.numerics",
@@ -25,6 +27,7 @@ _PUBLIC = {
     "Pairing": "paxo.types",
     "Policy": "paxo.types",
     "PreferenceBatch": "paxo.types",
+    "PreferenceGame": "paxo.games.preference_game",
     "PromptBatch": "paxo.types",
     "Sampler": "paxo.types",
     "Scorer": "paxo.types",
@@ -36,8 +39,11 @@ _PUBLIC = {
     "data": "paxo.data",
     "evaluation": "paxo.evaluation",
     "fit": "paxo.training.loop",
+    "games": "paxo.games",
     "judges": "paxo.judges",
     "losses": "paxo.losses",
+    "make_beam_search": "paxo.sampling",
+    "make_mixture_sampler": "paxo.sampling",
     "make_policy": "paxo.models.policy",
     "make_sampler": "paxo.sampling",
     "make_scorer": "paxo.scoring",
@@ -47,6 +53,7 @@ _PUBLIC = {
     "numerics": "paxo.numerics",
     "objective": "paxo.objectives",
     "pmap_step": "paxo.training.step",
+    "sampling": "paxo.sampling",
     "sequence_logps": "paxo.scoring",
     "snapshot": "paxo.training.state",
     "token_logps": "paxo.scoring",

@@ -150,14 +150,15 @@ def test_a_one_token_completion_has_the_entropy_and_kl_of_its_policy():
 # Arrays by action that some losses name, and the size of their groups where a pair does not fit.
 EXTRAS = {
     **dict.fromkeys(("rewards", "margin_rewards", "scores", "start_values"), (4,)),
-    **dict.fromkeys(("end_values",), (4,)),
+    **dict.fromkeys(("end_values", "passed", "baseline_rewards", "constraint_rewards"), (4,)),
     **dict.fromkeys(("advantages", "values", "previous_values", "returns"), (4, 1)),
     **dict.fromkeys(("token_weights", "step_labels"), (4, 1)),
 }
-SIZES = {"rationale_dpo": 3, "bpo": 3, "triple_po": 3, "triple_po_l": 3}
+SIZES = {"rationale_dpo": 3, "rationale_orpo": 3, "bpo": 3, "triple_po": 3, "triple_po_l": 3}
 SIZES |= {"xpo": 3, "vpo": 3, "selm": 3, "hypo": 3, "srpo": 6, "opa_dpo": 5}
-# They name arrays of groups, not of actions: degrees of preference, step trees, embeddings, steps.
-ELSEWHERE = {"spo_degree", "tpo_tree", "general_preference", "prm"}
+# They name arrays of groups, not of actions: degrees of preference, step trees, embeddings, steps,
+# rates of wrong labels.
+ELSEWHERE = {"spo_degree", "tpo_tree", "general_preference", "prm", "upo"}
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - ELSEWHERE))
