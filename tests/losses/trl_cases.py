@@ -390,7 +390,7 @@ CASES = [
             "prm",
             made,
             leaf,
-            values=leaf,
+            step_scores=leaf,
             step_mask=jnp.asarray(made.mask),
             step_labels=jnp.broadcast_to(jnp.asarray(made.rewards > 0)[..., None], leaf.shape),
         ),
