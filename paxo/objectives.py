@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import re
@@ -19,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import Range, Real, reward_of
+from paxo.losses.contract import FROM_STEP, Real, bound, check_value, nearest
+from paxo.losses.implicit_rewards import reward_of
 from paxo.losses.table import ALIASES, LOSSES
 from paxo.numerics import Array, Mean
 
@@ -36,7 +36,6 @@ URL = re.compile(r"https?://[^\s,;()]*[^\s,;().]")  # where there is no paper
 SUMMED = ("policy_logps", "lengths")
 TOKENWISE = ("policy_token_logps", "token_mask", "token_entropies", "token_collisions", "token_kls")
 FROM_BATCH = ("labels", "where")
-FROM_STEP = ("key", "state")
 HIDDEN_ROLE = "reference"  # whose next-token distributions `token_kls` are measured from
 
 
@@ -201,10 +200,10 @@ class Objective:
         terms = list(self.terms)
         term = terms[names.index(which)]
         if field == "weight" and not self._plain:
-            _check_value(f"weight of {which!r}", value, Real)
+            check_value(f"weight of {which!r}", value, Real)
             changed = dataclasses.replace(term, weight=value)
         else:
-            hyper = _bound(which, term.loss, {**term.hyper_parameters, field: value})
+            hyper = bound(which, term.loss, {**term.hyper_parameters, field: value})
             changed = dataclasses.replace(term, hyper_parameters=hyper)
         terms[names.index(which)] = changed
         return Objective(tuple(terms))
@@ -266,7 +265,7 @@ def objective(name: str, **hyper_parameters: Any) -> Objective:
         raise ValueError(
             f"unknown objective {name!r}{nearest(name, LOSSES)} `paxo methods` lists all."
         )
-    return Objective((Term(name, LOSSES[name], _bound(name, LOSSES[name], hyper_parameters)),))
+    return Objective((Term(name, LOSSES[name], bound(name, LOSSES[name], hyper_parameters)),))
 
 
 def weighted_sum(*weighted: tuple[Objective, float]) -> Objective:
@@ -290,7 +289,7 @@ def weighted_sum(*weighted: tuple[Objective, float]) -> Objective:
             raise TypeError(
                 f"weighted_sum takes (objective, weight) pairs; got {type(summand).__name__}"
             )
-        _check_value(f"weight of {summand.name!r}", weight, Real)
+        check_value(f"weight of {summand.name!r}", weight, Real)
         terms += [dataclasses.replace(term, weight=term.weight * weight) for term in summand.terms]
     names = [term.name for term in terms]
     twice = {name for name in names if names.count(name) > 1}
@@ -318,67 +317,9 @@ def method_table() -> list[dict[str, Any]]:
     return rows
 
 
-def nearest(name: str, known: Any) -> str:
-    """`; did you mean 'x'?` for the closest of the known names, or `.`."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
-def _bound(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Every hyper-parameter of the loss with its value, given or default; the given are checked."""
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(loss).parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("where", *FROM_STEP)
-    }
-    hints = typing.get_type_hints(loss, include_extras=True)
-    for key, value in given.items():
-        if key not in defaults:
-            raise ValueError(
-                f"objective {name!r} has no hyper-parameter {key!r}{nearest(key, defaults)} "
-                f"It has: {', '.join(defaults) or 'none'}"
-            )
-        _check_value(f"objective {name!r}: {key}", value, hints[key])
-    bound = defaults | dict(given)
-    missing = [key for key, value in bound.items() if value is inspect.Parameter.empty]
-    if missing:
-        raise ValueError(f"objective {name!r} needs {', '.join(missing)}: it has no default")
-    if hasattr(loss, "check_hyper_parameters"):
-        _check_together(name, loss.check_hyper_parameters, bound)
-    return bound
-
-
-def _check_together(name: str, check: Callable[..., Any], bound: Mapping[str, Any]) -> None:
-    wanted = inspect.signature(check).parameters
-    try:
-        check(**{key: value for key, value in bound.items() if key in wanted})
-    except ValueError as error:
-        raise ValueError(f"objective {name!r}: {error}") from error
-
-
 def _annotations(term: Term) -> dict[str, Any]:
     hints = typing.get_type_hints(term.loss)  # without the ranges: those are checked when built
     return {name: hints[name] for name in term.hyper_parameters}
-
-
-def _check_value(what: str, value: Any, hint: Any) -> None:
-    """Type and range of one hyper-parameter, from its annotation."""
-    metadata = getattr(hint, "__metadata__", ())
-    base = typing.get_args(hint)[0] if metadata else hint
-    if typing.get_origin(base) is typing.Literal:
-        choices = typing.get_args(base)
-        if value not in choices:
-            raise ValueError(
-                f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}"
-            )
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number if base is float else isinstance(value, base)):
-        expected = getattr(base, "__name__", base)
-        raise TypeError(f"{what} must be a {expected}; got {value!r} ({type(value).__name__})")
-    for limits in metadata:
-        if isinstance(limits, Range) and not limits.holds(value):
-            raise ValueError(f"{what} must lie in {limits}; got {value}")
 
 
 def _is_fixed(name: str, suffix: str) -> bool:

@@ -20,8 +20,9 @@ from paxo.data.packing import pack_groups, pad_rows
 from paxo.data.records import Record
 from paxo.data.row_shape import RowShape
 from paxo.data.tokenise import TextTokenizer, TokenLimits, tokenise
+from paxo.head_outputs import head_outputs
 from paxo.losses.reward import general_preference_scores
-from paxo.scoring import all_hidden, head_outputs, place_rows, sequence_logps
+from paxo.scoring import all_hidden, place_rows, sequence_logps
 from paxo.types import Array, Params, Policy, PreferenceBatch
 
 LOGPS = "logps"

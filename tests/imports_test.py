@@ -16,7 +16,11 @@ ROWS = (
     ({"types", "numerics"},),
     ({"losses"},),
     ({"objectives", "metrics"}, {"models"}, {"data"}, {"judges"}),
-    ({"scoring", "logp_store", "chunked_head", "reward_scoring"}, {"sampling"}, {"games"}),
+    (
+        {"scoring", "logp_store", "chunked_head", "head_outputs", "reward_scoring"},
+        {"sampling"},
+        {"games"},
+    ),
     ({"training"},),
     ({"evaluation"}, {"online"}),
     (

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from paxo.judges.checks import batch_sizes, checked_scores
+
 
 @dataclasses.dataclass(frozen=True)
 class RuleJudge:
@@ -22,8 +24,14 @@ class RuleJudge:
     score: Callable[[Any, Any], float]
 
     def scores(self, prompts: Sequence[Any], completions: Sequence[Sequence[Any]]) -> np.ndarray:
-        """`[B, K]` float64 scores of K completions of each of B prompts."""
-        return np.array([[self.score(p, c) for c in row] for p, row in zip(prompts, completions)])
+        """`[B, K]` float64 scores of K completions of each of B prompts.
+
+        Raises:
+            JudgeError: for another number of completions, or a score that is NaN; it names them.
+        """
+        sizes = batch_sizes(prompts, completions, "rules")
+        found = [[self.score(p, c) for c in row] for p, row in zip(prompts, completions)]
+        return checked_scores(found, sizes, name="rules")
 
     def __call__(
         self,

@@ -37,7 +37,7 @@ GRACE_SECONDS = 20.0
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself does not work here; no verdict about any code."""
+    """This system cannot run the sandbox: no verdict about any code."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,10 @@ hyper-parameters, with their range as annotation; `where` comes last. An objecti
 """
 
 import dataclasses
+import difflib
+import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
@@ -33,6 +36,9 @@ class Range:
         left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
+
+# Parameters that the training step provides.
+FROM_STEP = ("key", "state")
 
 Real = Annotated[float, Range()]
 Positive = Annotated[float, Range(0)]
@@ -95,81 +101,59 @@ def stateful(init: Callable[..., Any]) -> Callable[[Callable], Callable]:
     return mark
 
 
-@dataclasses.dataclass(frozen=True)
-class Reward:
-    """What a loss takes for the implicit reward of a completion: a factor of its log-ratio.
-
-    Attributes:
-        scale: the hyper-parameter that is the factor, "1/name" for its inverse, "" for 1.
-        per_token: whether the log-ratio is a mean over tokens, or (hyper-parameter, value) for
-            which it is.
-    """
-
-    scale: str = "beta"
-    per_token: bool | tuple[str, Any] = False
-
-    def scale_of(self, hyper_parameters: Mapping[str, Any]) -> float:
-        """The factor with these hyper-parameters."""
-        inverse, name = self.scale.startswith("1/"), self.scale.removeprefix("1/")
-        factor = float(hyper_parameters[name]) if name else 1.0
-        return 1 / factor if inverse else factor
-
-    def is_per_token(self, hyper_parameters: Mapping[str, Any]) -> bool:
-        """Whether it is a mean over tokens with these hyper-parameters."""
-        if isinstance(self.per_token, bool):
-            return self.per_token
-        name, value = self.per_token
-        return hyper_parameters[name] == value
+def bound(name: str, loss: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every hyper-parameter of the loss with its value, given or default; the given are checked."""
+    defaults = {
+        p.name: p.default
+        for p in inspect.signature(loss).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("where", *FROM_STEP)
+    }
+    hints = typing.get_type_hints(loss, include_extras=True)
+    for key, value in given.items():
+        if key not in defaults:
+            raise ValueError(
+                f"objective {name!r} has no hyper-parameter {key!r}{nearest(key, defaults)} "
+                f"It has: {', '.join(defaults) or 'none'}"
+            )
+        check_value(f"objective {name!r}: {key}", value, hints[key])
+    values = defaults | dict(given)
+    missing = [key for key, value in values.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(f"objective {name!r} needs {', '.join(missing)}: it has no default")
+    if hasattr(loss, "check_hyper_parameters"):
+        _check_together(name, loss.check_hyper_parameters, values)
+    return values
 
 
-_NORMALIZED = ("length_normalize", True)
-
-# Name of a loss -> its reward, where that is not beta times a sum of log-ratios (or, for a loss
-# without beta, the sum itself).
-REWARDS = {
-    "alphapo": Reward("beta", per_token=True),
-    "asft": Reward("", per_token=True),
-    "brain": Reward("scale"),
-    "cal_dpo": Reward(""),  # its beta is the target of the squares
-    "cpl": Reward("alpha"),
-    "cpl_kl": Reward("alpha"),
-    "cpo": Reward("beta", per_token=("link", "ipo")),
-    "cpo_simpo": Reward("beta", per_token=True),
-    "dno": Reward("eta"),
-    "dno_prct": Reward("eta"),
-    "drpo_rank": Reward("", per_token=True),
-    "flex_dpo": Reward("beta_w"),
-    "grpo": Reward(""),  # its beta weighs a penalty
-    "inpo": Reward("eta"),
-    "ipo": Reward("tau", per_token=_NORMALIZED),
-    "ipo_md": Reward("tau"),
-    "ln_dpo": Reward("beta", per_token=True),
-    "mdpo": Reward("1/t_k"),
-    "mpo_magnetic": Reward("1/eta"),
-    "mppo": Reward("", per_token=True),
-    "nash_md": Reward("beta", per_token=_NORMALIZED),
-    "nash_md_pg": Reward("tau"),
-    "nll": Reward("", per_token=True),
-    "online_ipo": Reward("tau"),
-    "online_ipo_v1": Reward("beta", per_token=_NORMALIZED),
-    "online_ipo_v2": Reward("beta", per_token=_NORMALIZED),
-    "onpo": Reward("1/eta"),
-    "orpo": Reward("", per_token=True),
-    "pro": Reward("", per_token=True),
-    "rationale_orpo": Reward("", per_token=True),
-    "rebel": Reward("1/eta"),
-    "rrhf": Reward("", per_token=True),
-    "rso_hinge": Reward("gamma"),
-    "semantic": Reward("beta", per_token=_NORMALIZED),
-    "semantic_reference": Reward("beta", per_token=_NORMALIZED),
-    "simpo": Reward("beta", per_token=True),
-    "sppo": Reward("1/eta"),
-    "triple_po": Reward("beta", per_token=("link", "ipo")),
-    "triple_po_l": Reward("beta", per_token=True),
-}
+def _check_together(name: str, check: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    wanted = inspect.signature(check).parameters
+    try:
+        check(**{key: value for key, value in values.items() if key in wanted})
+    except ValueError as error:
+        raise ValueError(f"objective {name!r}: {error}") from error
 
 
-def reward_of(loss: Callable, hyper_parameters: Mapping[str, Any]) -> Reward:
-    """The implicit reward of a loss, from `REWARDS` or by the rule for all others."""
-    default = Reward("beta" if "beta" in hyper_parameters else "")
-    return REWARDS.get(getattr(loss, "__name__", "").removesuffix("_loss"), default)
+def check_value(what: str, value: Any, hint: Any) -> None:
+    """Type and range of one hyper-parameter, from its annotation."""
+    metadata = getattr(hint, "__metadata__", ())
+    base = typing.get_args(hint)[0] if metadata else hint
+    if typing.get_origin(base) is typing.Literal:
+        choices = typing.get_args(base)
+        if value not in choices:
+            raise ValueError(
+                f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}"
+            )
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number if base is float else isinstance(value, base)):
+        expected = getattr(base, "__name__", base)
+        raise TypeError(f"{what} must be a {expected}; got {value!r} ({type(value).__name__})")
+    for limits in metadata:
+        if isinstance(limits, Range) and not limits.holds(value):
+            raise ValueError(f"{what} must lie in {limits}; got {value}")
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean 'x'?` for the closest of the known names, or `.`."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

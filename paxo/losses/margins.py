@@ -31,9 +31,8 @@ def odpo_loss(
     r"""DPO with an offset: $-\log\sigma(\beta(r_w - r_l) - \delta)$.
 
     $\delta = \alpha f(R_w - R_l)$: a pair that a judge finds far apart must have the larger margin.
-    With the logarithm, as in the
-    authors' code, δ is negative for gaps below 1, and -∞ at a tie: gaps are taken as `min_gap` at
-    least.
+    With the logarithm, as in the authors' code, δ is negative for gaps below 1, and -∞ at a tie:
+    gaps are taken as `min_gap` at least.
 
     Args:
         policy_logps: `[..., 2]` summed completion log-probs in nats, chosen first.

@@ -8,7 +8,7 @@ Losses that couple groups see the whole global batch. All microbatches are score
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from paxo import metrics as metrics_lib
 from paxo import scoring
+from paxo.head_outputs import head_outputs
 from paxo.numerics import Mean
-from paxo.objectives import FROM_BATCH, FROM_STEP, HIDDEN_ROLE, Objective
+from paxo.objectives import Objective
 from paxo.scoring import ROWS, place_rows
+from paxo.training.inputs import TOKEN_QUANTITIES, check_batch, has_kls
 from paxo.training.state import TrainState, as_transformation
 from paxo.types import Array, Params, Policy, PreferenceBatch
 
@@ -35,13 +37,6 @@ __all__ = [
 ]
 
 Step = Callable[[TrainState, PreferenceBatch], tuple[TrainState, dict[str, Array]]]
-
-TOKEN_QUANTITIES = {
-    "policy_token_logps": "logps",
-    "token_entropies": "entropies",
-    "token_collisions": "collisions",
-    "token_kls": "kls",
-}
 
 
 def make_train_step(
@@ -154,62 +149,6 @@ def pmap_step(step: Step, axis_name: str, devices: Any = None) -> Step:
     return run
 
 
-def check_batch(
-    objective: Objective,
-    batch: PreferenceBatch,
-    heads: Collection[str] = (),
-    frozen: Collection[str] = (),
-) -> None:
-    """Raises unless every array that the objective cannot do without is there.
-
-    Args:
-        objective: names the arrays; those with a default may be absent.
-        batch: with what was attached to it.
-        heads: of the policy.
-        frozen: names in `TrainState.frozen`.
-
-    Raises:
-        ValueError: naming the call or the setting that adds what is missing.
-    """
-    for role in objective.roles:
-        if role not in batch.fixed_logps:
-            raise ValueError(
-                f"objective {objective.name!r} needs log-probs of role {role!r}; this batch "
-                f"carries {sorted(batch.fixed_logps)}. Attach them with "
-                f"paxo.attach_logps(batch, {role!r}, scorer)."
-            )
-    for role in objective.token_roles:
-        if role not in batch.fixed_token_logps:
-            raise ValueError(
-                f"objective {objective.name!r} needs token log-probs of role {role!r}; attach them "
-                f"with paxo.attach_logps(batch, {role!r}, scorer, tokens=True)."
-            )
-    if objective.arrays.get("token_kls", False) and not _has_kls(batch, frozen):
-        raise ValueError(
-            f"objective {objective.name!r} needs token_kls: attach the reference's hidden states "
-            f"with paxo.attach_logps(batch, {HIDDEN_ROLE!r}, scorer, hidden=True) and give its "
-            'head to init_state(..., frozen={"reference_head": policy.unembed(params)}).'
-        )
-    provided = {"policy_logps", "lengths", "token_mask", *FROM_BATCH, *FROM_STEP, *TOKEN_QUANTITIES}
-    provided |= {f"{role}_logps" for role in batch.fixed_logps}
-    provided |= {f"{role}_token_logps" for role in batch.fixed_token_logps}
-    provided |= set(batch.extras) | set(heads)
-    missing = sorted(
-        n for n, required in objective.arrays.items() if required and n not in provided
-    )
-    if missing:
-        raise ValueError(
-            f"objective {objective.name!r} needs {', '.join(missing)}, which nobody provides; the "
-            f"batch's extras are {sorted(batch.extras)}. Name the columns that hold them with "
-            f"data.extras=({', '.join(map(repr, missing))},)."
-        )
-
-
-def _has_kls(batch: PreferenceBatch, frozen: Collection[str]) -> bool:
-    """Whether divergences from the reference's distributions can be computed."""
-    return HIDDEN_ROLE in batch.fixed_hidden and "reference_head" in frozen
-
-
 def batch_metrics(batch: PreferenceBatch, axis_name: str | None = None) -> dict[str, Array]:
     """`num_tokens`, `num_groups` and `padding/share` of the global batch."""
     tokens = Mean(jnp.sum(batch.group != 0, dtype=jnp.float32), jnp.float32(batch.group.size))
@@ -237,7 +176,7 @@ class _Run:
         wanted = {
             name: TOKEN_QUANTITIES[name]
             for name in self.objective.arrays
-            if name in TOKEN_QUANTITIES and (name != "token_kls" or _has_kls(batch, frozen))
+            if name in TOKEN_QUANTITIES and (name != "token_kls" or has_kls(batch, frozen))
         }
         heads = [name for name in self.policy.heads if name in self.objective.arrays]
         hidden = scoring.all_hidden(self.policy, params, batch)
@@ -250,7 +189,7 @@ class _Run:
             reference_head=frozen.get("reference_head"),
         )
         out = {"policy_logps": scoring.slot_sums(by_token["logps"], batch)}
-        out |= scoring.head_outputs(self.policy, params, batch, heads, hidden)
+        out |= head_outputs(self.policy, params, batch, heads, hidden)
         return out | {name: scoring.by_candidate(by_token[q], batch) for name, q in wanted.items()}
 
     def given(self, batch: PreferenceBatch) -> dict[str, Array]:

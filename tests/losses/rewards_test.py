@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import paxo.losses
-from paxo.losses.contract import REWARDS, reward_of
+from paxo.losses.implicit_rewards import REWARDS, reward_of
 from paxo.numerics import Mean
 from paxo.objectives import Objective, Term
 

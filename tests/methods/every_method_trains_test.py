@@ -16,6 +16,7 @@ import pytest
 from scipy import stats
 
 import paxo
+from paxo.losses import general_preference_scores
 from paxo.objectives import LOSSES
 from tests.methods.recipes import RECIPES, Recipe, stepwise
 from tests.methods.task import head_outputs, make_task, train
@@ -82,8 +83,6 @@ def accuracy(task, trained, head):
     if head == "scores":
         return np.array([float(x[0] > x[1]) for x in outputs])
     if head == "embeddings":
-        from paxo.losses import general_preference_scores
-
         return np.array([float(general_preference_scores(x)[0, 1] > 0) for x in outputs])
     last = [[y[len(c) - 1] for y, c in zip(x, p.completions)] for x, p in zip(outputs, pairs)]
     return np.array([float(a > b) for a, b in last])

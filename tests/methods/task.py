@@ -14,11 +14,12 @@ import paxo
 from experiments import quickstart
 from paxo import runs, scoring
 from paxo.data.batching import Batches
-from paxo.data.packing import RowShape, choose_shape
+from paxo.data.packing import RowShape, choose_shape, pack_groups
 from paxo.data.records import TokenGroup
 from paxo.data.unpaired import Mismatch
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
-from paxo.models.heads import with_heads
+from paxo.head_outputs import head_outputs as read_heads
+from paxo.models.heads import HEADS, with_heads
 from paxo.models.sharding import make_mesh
 from paxo.objectives import Objective
 from paxo.scoring import attach_logps, make_scorer
@@ -147,12 +148,9 @@ class Trained:
 def train(task: Task, objective: Objective, groups: list[TokenGroup], *, lr, steps) -> Trained:
     """Adam with a short warm-up; every frozen role is the SFT model, `previous` too."""
     policy = task.draw.model.policy
-    from paxo.models.heads import HEADS
-
     policy = with_heads(policy, WIDTH, [name for name in HEADS if name in objective.arrays])
     params = policy.init(jax.random.key(0)) | task.params
-    optimizer = paxo.adamw(lr, warmup_steps=5, schedule="linear", weight_decay=0.0)
-    optimizer = optimizer.build(steps) if hasattr(optimizer, "build") else optimizer
+    optimizer = paxo.adamw(lr, warmup_steps=5, schedule="linear", weight_decay=0.0).build(steps)
     state = init_state(params, objective, optimizer, jax.random.key(3))
     frozen = {}
     if "token_kls" in objective.arrays:
@@ -183,15 +181,13 @@ def train(task: Task, objective: Objective, groups: list[TokenGroup], *, lr, ste
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _outputs(policy, params, batch, name):
     hidden = scoring.all_hidden(policy, params, batch)
-    return scoring.head_outputs(policy, params, batch, [name], hidden)[name]
+    return read_heads(policy, params, batch, [name], hidden)[name]
 
 
 def head_outputs(trained: Trained, groups: list[TokenGroup], name: str):
     """Per group what a head says of its candidates, `[K, ...]` each."""
     length = max(group.num_tokens for group in groups)
     shape = RowShape(length, length, 1, max(len(g.completions) for g in groups), 32)
-    from paxo.data.packing import pack_groups
-
     batch, index = pack_groups([dataclasses.replace(g, extras={}) for g in groups], shape)
     found = np.asarray(_outputs(trained.policy, trained.params, batch, name))
     out = [None] * len(groups)

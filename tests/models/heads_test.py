@@ -5,10 +5,11 @@ import optax
 import pytest
 
 from paxo.data.packing import sequence_tokens
+from paxo.head_outputs import head_outputs
 from paxo.models.heads import with_heads
 from paxo.numerics import Mean, masked
 from paxo.objectives import Objective, Term
-from paxo.scoring import all_hidden, head_outputs
+from paxo.scoring import all_hidden
 from paxo.training.state import init_state
 from paxo.training.step import make_train_step
 from tests.made import TINY, made_batch, tiny_policy
