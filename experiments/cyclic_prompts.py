@@ -6,8 +6,8 @@ Short reviews come in a plain, a warm and a grand style; the judge prefers warm 
 warm and plain to grand. A small decoder learns to write all three (SFT, 60 % plain, 30 % warm, 10 %
 grand), and self-play goes on from there. Whatever the sequence, only its style counts, so the Nash
 policy of the KL-regularised game on texts is that of a game of three actions, which is known
-exactly: `results.json` and `rounds.png` hold the exact gap of the policy's style shares, and how far
-they are from the Nash policy, beside the estimates that need no such knowledge.
+exactly: `styles.json` and `rounds.png` hold the exact gap of the policy's style shares, and how
+far they are from the Nash policy, beside the estimates that need no such knowledge.
 
 On other models and prompts the judge prefers what repeats itself less:
 
@@ -30,6 +30,7 @@ import paxo
 from paxo import artifacts, loading, rounds, runs
 from paxo.data.records import Record
 from paxo.data.tokenise import tokenise
+from paxo.evaluation.report import print_table, write_results
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.games import exact
 from paxo.games.preference_game import PreferenceGame
@@ -61,6 +62,7 @@ class Cyclic(SelfPlay):
 
     Attributes:
         win: probability that the better style of a pair wins.
+        beta: KL weight of the game by which every method is measured.
         shares: of the styles among the supervised examples.
         num_reviews: supervised examples.
         num_prompts: prompts to be answered, those of the evaluation included.
@@ -68,10 +70,11 @@ class Cyclic(SelfPlay):
     """
 
     win: float = 1.0
+    beta: float = 0.2
     shares: tuple[float, ...] = (0.6, 0.3, 0.1)
     num_reviews: int = 2048
     num_prompts: int = 384
-    sft_steps: int = 120
+    sft_steps: int = 200
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,14 +86,14 @@ def experiment() -> Cyclic:
     """The settings; any of them can be changed by `--set`."""
     return Cyclic(
         method=method("egpo", beta=0.2),
-        optimizer=paxo.adamw(1e-3),
+        optimizer=paxo.adamw(2e-3, warmup_steps=10, schedule="linear", final_fraction=0.05),
         model=ModelSettings(
             config=paxo.ModelConfig(
                 vocab_size=len(vocabulary()), hidden_size=64, num_layers=2, num_heads=4,
                 num_kv_heads=2, head_dim=16, intermediate_size=160, max_positions=64,
             )
         ),
-        rounds=RoundSettings(60, prompts_per_round=64, evaluate_every=5),
+        rounds=RoundSettings(100, prompts_per_round=96, evaluate_every=2),
         sampling=SamplingConfig(24),
         evaluation=EvaluationSettings(num_prompts=128, completions=2),
         row_length=256,
@@ -106,11 +109,9 @@ def run(settings: Cyclic, workdir: pathlib.Path) -> None:
     mesh = paxo.models.sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     model = first_model(settings, workdir, mesh)
     shares = measured_shares(settings, model)
-    game = style_game(settings, shares)
+    game = style_game(settings, shares[:NEITHER])
     nash = np.asarray(jax.nn.softmax(exact.nash_policy(game)))
-    start = {**exact_figures(game, nash, shares)}
-    print("styles of the first policy", dict(zip(STYLES, shares.round(3))))
-    print("Nash policy of the game   ", dict(zip(STYLES, nash.round(3))))
+    first = exact_figures(game, nash, shares)
     rounds.run(
         settings,
         workdir,
@@ -120,14 +121,28 @@ def run(settings: Cyclic, workdir: pathlib.Path) -> None:
         figures=lambda texts: exact_figures(game, nash, shares_of(texts)),
         panels={
             "exact_gap": "exact duality gap of the style game",
+            "unregularised_gap": "the same without its KL term",
             "distance": "distance of the styles from the Nash policy (TV)",
             **{f"share_{name}": f"share of {name}" for name in STYLES},
         },
-        exact={
-            "exact_gap_of_first": start["exact_gap"],
-            **{f"share_{name}": float(p) for name, p in zip(STYLES, nash)},
-        },
+        exact={f"share_{name}": float(p) for name, p in zip(STYLES, nash)},
     )
+    history = rounds.evaluations(workdir)
+    kept = ("exact_gap", "unregularised_gap", "distance", *(f"share_{name}" for name in STYLES))
+    average = np.mean([[row[f"share_{n}"] for n in (*STYLES, "none")] for row in history], axis=0)
+    results = {
+        "first": {name: first[name] for name in kept},
+        "last": {name: history[-1][name] for name in kept},
+        "average_policy": {k: v for k, v in exact_figures(game, nash, average).items() if k in kept},
+        "nash": {f"share_{name}": float(p) for name, p in zip(STYLES, nash)},
+    }
+    write_results(workdir / "styles.json", results)
+    columns = ("", "first policy", "last policy", "average policy", "Nash policy")
+    rows = [
+        (name, *(results[k].get(name, 0.0) for k in ("first", "last", "average_policy", "nash")))
+        for name in kept
+    ]
+    print_table("the style game", columns, rows)
 
 
 # --- the task ---------------------------------------------------------------------------------
@@ -140,11 +155,12 @@ def vocabulary() -> list[str]:
 
 
 def style_of(text: str) -> int:
-    """Number of the style that has most words in a text; `NEITHER` for none, or for a tie."""
-    words = text.split()
-    counts = [sum(word in style for word in words) for style in STYLES.values()]
-    best = int(np.argmax(counts))
-    return best if counts.count(counts[best]) == 1 and counts[best] else NEITHER
+    """Number of the style of a text's first word that has one; `NEITHER` without any."""
+    for word in text.split():
+        for number, style in enumerate(STYLES.values()):
+            if word in style:
+                return number
+    return NEITHER
 
 
 def style_matrix(win: float) -> np.ndarray:
@@ -170,29 +186,28 @@ def words_of(ids: Sequence[int]) -> str:
 
 def style_game(settings: Cyclic, shares: np.ndarray) -> PreferenceGame:
     """The game of three actions that the task is."""
-    values = settings.method.objective.hyper_parameters
-    beta = float(values.get("tau", values.get("beta", 0.2)))
     return PreferenceGame(
         preferences=jnp.asarray(style_matrix(settings.win)[:NEITHER, :NEITHER]),
         reference_logps=jnp.log(jnp.asarray(shares)),
-        beta=jnp.asarray(beta),
+        beta=jnp.asarray(settings.beta),
     )
 
 
 def shares_of(texts: Sequence[Sequence[str]]) -> np.ndarray:
-    """Share of each style among the texts that have one."""
+    """Share of each style, and of none, among the texts."""
     found = np.bincount([style_of(t) for row in texts for t in row], minlength=NEITHER + 1)
-    return found[:NEITHER] / max(found[:NEITHER].sum(), 1)
+    return found / found.sum()
 
 
 def exact_figures(game: PreferenceGame, nash: np.ndarray, shares: np.ndarray) -> dict[str, float]:
-    """What is known of a policy with these shares of styles."""
-    logits = jnp.log(jnp.maximum(jnp.asarray(shares), 1e-6))
+    """What is known of a policy with these shares of styles: as a policy of the style game."""
+    styles = np.maximum(shares[:NEITHER], 1e-6)
+    logits = jnp.log(jnp.asarray(styles / styles.sum()))
     return {
         "exact_gap": float(exact.duality_gap(game, logits)),
         "unregularised_gap": float(exact.unregularised_gap(game, logits)),
-        "distance": float(np.abs(shares - nash).sum() / 2),
-        **{f"share_{name}": float(p) for name, p in zip(STYLES, shares)},
+        "distance": float(np.abs(np.exp(logits) - nash).sum() / 2),
+        **{f"share_{name}": float(p) for name, p in zip((*STYLES, "none"), shares)},
     }
 
 
@@ -278,13 +293,13 @@ def some_prompts(settings: Cyclic, model: Model) -> list[Prompt]:
 
 
 def measured_shares(settings: Cyclic, model: Model) -> np.ndarray:
-    """Styles of the first policy, counted over 2,048 of its texts."""
+    """Styles of the first policy, counted over 8,192 of its texts."""
     from paxo.sampling import make_sampler
 
     prompt = model.tokenizer.encode_prompt(prompt_of(0)).tolist()
     batch = artifacts.prompt_batch([prompt] * 128)
     sampler = make_sampler(
-        model.policy, dataclasses.replace(settings.sampling, num_candidates=16),
+        model.policy, dataclasses.replace(settings.sampling, num_candidates=64),
         model.tokenizer.stop_ids,
     )  # fmt: skip
     drawn = jax.device_get(sampler(model.params, batch, jax.random.key(17)))

@@ -121,9 +121,9 @@ class SelfPlay:
     optimizer: AdamW
     model: ModelSettings
     rounds: RoundSettings
-    sampling: SamplingConfig = SamplingConfig(64)
-    prompts: PromptSettings = PromptSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
+    sampling: SamplingConfig = dataclasses.field(default_factory=lambda: SamplingConfig(64))
+    prompts: PromptSettings = dataclasses.field(default_factory=PromptSettings)
+    evaluation: EvaluationSettings = dataclasses.field(default_factory=EvaluationSettings)
     allow_unfinished: bool = True
     sample_batch: int = 64
     row_length: int | None = None
@@ -131,7 +131,7 @@ class SelfPlay:
     log_every: int = 0
     checkpoint_every: int = 20
     keep: int = 2
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshSettings = dataclasses.field(default_factory=MeshSettings)
     export: bool = True
 
     def __post_init__(self):
