@@ -15,6 +15,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from paxo.models.sharding import constrain
+
 Array = jax.Array
 QUANTITIES = ("logps", "entropies", "collisions", "kls")
 
@@ -135,13 +137,26 @@ def _scores_backward(quantities, chunk, residuals, cotangents):
             d += g["kls"] * (p - jnp.exp(_reference_log_probs(fixed, reference)))
         d = d.astype(states.dtype)
         to_states = jnp.matmul(d, head.T)
-        to_head = jnp.einsum("rcd,rcv->dv", states, d, preferred_element_type=jnp.float32)
-        return head_gradient + to_head, to_states
+        parts = (x.reshape(ways, -1, *x.shape[1:]) for x in (states, d))
+        to_head = jnp.einsum("wrcd,wrcv->wdv", *parts, preferred_element_type=jnp.float32)
+        return constrain(head_gradient + to_head, "batch", None, "activation_vocab"), to_states
 
-    start = jnp.zeros(head.shape, jnp.float32)
+    # Devices add up the gradients of their own rows, and add theirs to one another's once, behind
+    # the last chunk.
+    ways = _row_ways(hidden.shape[0])
+    start = jnp.zeros((ways, *head.shape), jnp.float32)
     inputs = (_chunked_inputs(chunk, hidden, tokens, reference), small, given)
     to_head, to_hidden = jax.lax.scan(one, start, inputs)
-    return _unchunk(to_hidden), to_head.astype(head.dtype), None, None
+    return _unchunk(to_hidden), jnp.sum(to_head, 0).astype(head.dtype), None, None
+
+
+def _row_ways(rows: int) -> int:
+    """Ways in which the mesh splits the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if "tensor" not in mesh.shape:
+        return 1
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if rows % ways else ways
 
 
 _scores.defvjp(_scores_forward, _scores_backward)

@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from paxo.chunked_head import QUANTITIES, head_scores
 from paxo.data.packing import sequence_tokens
 from paxo.logp_store import LogpStore
+from paxo.models.sharding import constrain
 from paxo.numerics import at_least_float32
+from paxo.rows import own_rows, place_rows
 from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
-
-ROWS = PartitionSpec(("data", "fsdp"))
 
 # Logits held at a time: at least so many tokens, which keeps the products efficient, and no more
 # than so many entries where the vocabulary is small.
@@ -85,7 +85,8 @@ def token_scores(
         reference = (batch.fixed_hidden["reference"], reference_head)
     if hidden is None:
         hidden = scored_hidden(policy, params, batch)
-    head = policy.unembed(params).astype(hidden.dtype)
+    # Brought together along the width once, and not in every chunk.
+    head = constrain(policy.unembed(params).astype(hidden.dtype), None, "activation_vocab")
     if chunk is None:
         chunk = default_chunk(hidden.shape[0], head.shape[-1])
     scores = head_scores(tuple(quantities), chunk, hidden, head, batch.score_token, reference)
@@ -142,19 +143,6 @@ def default_chunk(rows: int, vocabulary: int) -> int:
     devices = 1 if mesh.empty else mesh.size
     tokens = max(MIN_CHUNK_TOKENS.get(jax.default_backend(), 1024), CHUNK_ENTRIES // vocabulary)
     return max(1, tokens * devices // rows)
-
-
-def place_rows(batch: PreferenceBatch, mesh: Mesh) -> PreferenceBatch:
-    """A batch on the devices of a mesh; each process gives the rows that are its own."""
-    sharding = NamedSharding(mesh, ROWS)
-
-    def place(x: Array | np.ndarray) -> Array:
-        # What a scorer on this mesh has computed lies there already.
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
-            return x
-        return jax.make_array_from_process_local_data(sharding, x)
-
-    return jax.tree.map(place, batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,9 +267,7 @@ class StoredScorer:
         self.store.put_many((kind, p, c, found[index]) for index, p, c in missing)
 
     def _local(self, x: Array) -> np.ndarray:
-        if self.scorer.mesh is not None and jax.process_count() > 1:
-            x = multihost_utils.global_array_to_host_local_array(x, self.scorer.mesh, ROWS)
-        return np.asarray(x)
+        return own_rows(x, self.scorer.mesh)
 
 
 def _anywhere(missing: list) -> bool:

@@ -13,7 +13,7 @@ PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from rows above its own, and from its own group within a row.
 ROWS = (
-    ({"types", "numerics"},),
+    ({"types", "numerics", "rows"},),
     ({"losses"},),
     ({"objectives", "metrics"}, {"models"}, {"data"}, {"judges"}),
     (
@@ -26,7 +26,7 @@ ROWS = (
     (
         {
             *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli", "rounds"),
-            *("overrides", "provenance"),
+            *("overrides", "provenance", "distributed"),
         },
     ),
 )

@@ -15,6 +15,7 @@ from flax import nnx
 from paxo.models import transformer
 from paxo.models.attention import MASKED, packed_attention
 from paxo.models.config import ModelConfig
+from paxo.models.embedding import embed
 from paxo.models.sharding import constrain
 from paxo.types import Array, Decode, Params, Policy
 
@@ -149,7 +150,7 @@ def _run_layers(
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
-    return params["embed"]["embedding"][tokens].astype(config.compute_dtype)
+    return embed(params["embed"]["embedding"], tokens, config.compute_dtype)
 
 
 def _norm(config: ModelConfig, params: Params, x: Array) -> Array:

@@ -21,7 +21,7 @@ from paxo import scoring
 from paxo.head_outputs import head_outputs
 from paxo.numerics import Mean
 from paxo.objectives import Objective
-from paxo.scoring import ROWS, place_rows
+from paxo.rows import ROWS, place_rows
 from paxo.training.inputs import TOKEN_QUANTITIES, check_batch, has_kls
 from paxo.training.state import TrainState, as_transformation
 from paxo.types import Array, Params, Policy, PreferenceBatch
