@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # So many times a device's memory, by the estimate: to compile it would only cost minutes.
 HOPELESS = 1.5
+# Layouts of the search that are shown.
+BEST = 3
 
 
 def plan(
@@ -33,8 +35,8 @@ def plan(
         topology: such as "v5e:16x16", or a kind of TPU alone: its smallest slice that holds the
             run is then found.
         model: name of a known shape that replaces the settings' model.
-        compiled: layouts of the search that are compiled; with 0 nothing is, and all figures are
-            analytic.
+        compiled: layouts of the search that are compiled beside the run's own, of the best 3; with
+            0 nothing is, and all figures are analytic.
 
     Returns:
         Nested dicts of names, numbers, texts and None, as plan.json holds them. Bytes are of one
@@ -58,22 +60,28 @@ def plan(
 def _smallest(
     settings: Experiment, config: ModelConfig, kind: str, model: str | None, compiled: int
 ) -> dict[str, Any]:
-    """The plan of the smallest slice in which the fastest layout that fits also compiles to fit."""
-    tried = []
-    for topology, best in smallest(settings, config, kind):
-        run = make_run(settings, config, best.layout)
-        made = _planned(run, topology, model, compiled)
-        if made["fits"]:
-            return made | {"smallest": {"of": kind, "too_small": tried}}
-        tried.append(topology.name)
-    raise SettingsError(f"no slice of {kind} holds this run: split it further or choose another")
+    """The plan of the smallest slice that holds the run, by the compiler if it is asked."""
+    too_small = []
+    for topology, found in smallest(settings, config, kind):
+        for layout in found:
+            made = _planned(make_run(settings, config, layout), topology, model, compiled)
+            if made["fits"]:
+                return made | {"smallest": {"of": kind, "too_small": too_small}}
+        too_small.append(topology.name)
+    raise SettingsError(
+        f"no slice of {kind} holds this run; fewer rows (train.rows_per_batch) or a smaller "
+        "optimiser (optimizer.moments_dtype=bfloat16) need less"
+    )
 
 
 def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> dict[str, Any]:
     own = estimate(run, topology)
     programs = _compiled(run, own, topology) if compiled else {}
-    best = ranked(run, topology)[: max(compiled, 3)]
-    searched = [_searched(run, found, topology, compiled, programs) for found in best]
+    best = ranked(run, topology)[:BEST]
+    searched = [
+        _searched(run, found, topology, programs, number < compiled)
+        for number, found in enumerate(best)
+    ]
     spare = _spare(own, programs, topology)
     seconds = run.settings.train.num_steps * own.scored_step
     hours = seconds / 3600
@@ -139,7 +147,11 @@ def _compiled(run: Run, own: Estimate, topology: Topology) -> dict[str, Compiled
 
 
 def _searched(
-    run: Run, found: Estimate, topology: Topology, compiled: int, programs: dict[str, Compiled]
+    run: Run,
+    found: Estimate,
+    topology: Topology,
+    programs: dict[str, Compiled],
+    compiled: bool,
 ) -> dict[str, Any]:
     """A layout of the search; its step is compiled unless it is the run's own."""
     if found.layout != run.layout:

@@ -25,6 +25,8 @@ from paxo.plan.topology import Topology, slices
 REMATS = ("none", "dots", "full")
 # Microbatches of fewer tokens than this a device keep no accelerator busy.
 MIN_TOKENS = 512
+# Shares of a device's memory by which an estimate may be too high.
+SLACK = 0.05
 
 
 def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
@@ -55,10 +57,10 @@ def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
                 yield layout
 
 
-def ranked(run: Run, topology: Topology) -> list[Estimate]:
-    """Estimates of the layouts that fit with `SPARE` to spare, the fastest first.
+def estimates(run: Run, topology: Topology) -> list[Estimate]:
+    """Estimates of all layouts, the fastest first; of equal ones that which needs less memory.
 
-    Ranked by `Seconds.ranked` of step and scoring; of equal ones the one that needs less memory.
+    Ranked by `Seconds.ranked` of step and scoring.
 
     Args:
         run: what the settings ask for.
@@ -76,14 +78,21 @@ def ranked(run: Run, topology: Topology) -> list[Estimate]:
         seconds = found.step.ranked + found.references * found.scorer.ranked
         return round(seconds, 6), found.memory.peak()
 
-    fitting = [e for e in map(of, layouts(run, topology)) if e.spare(topology) >= SPARE]
-    return sorted(fitting, key=key)
+    return sorted(map(of, layouts(run, topology)), key=key)
+
+
+def ranked(run: Run, topology: Topology) -> list[Estimate]:
+    """The `estimates` of those layouts that fit with `SPARE` to spare."""
+    return [e for e in estimates(run, topology) if e.spare(topology) >= SPARE]
 
 
 def smallest(
     settings: Experiment, config: ModelConfig, kind: str
-) -> Iterator[tuple[Topology, Estimate]]:
-    """The slices in which some layout fits, from small to large, each with its fastest layout.
+) -> Iterator[tuple[Topology, list[Layout]]]:
+    """The slices that may hold a run, from small to large, each with the layouts to be compiled.
+
+    Those are the fastest that fits and the one that leaves most memory; that alone where it misses
+    by no more than estimates are off.
 
     Args:
         settings: of the experiment; its mesh and microbatches do not count.
@@ -94,8 +103,11 @@ def smallest(
         first = free_layout(settings, config, topology.num_devices)
         if first is None:
             continue
-        if best := ranked(make_run(settings, config, first), topology):
-            yield topology, best[0]
+        found = estimates(make_run(settings, config, first), topology)
+        roomiest = max(found, key=lambda e: e.spare(topology))
+        if roomiest.spare(topology) >= SPARE - SLACK:
+            fastest = next((e for e in found if e.spare(topology) >= SPARE), roomiest)
+            yield topology, list(dict.fromkeys([fastest.layout, roomiest.layout]))
 
 
 def free_layout(settings: Experiment, config: ModelConfig, devices: int) -> Layout | None:

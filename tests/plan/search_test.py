@@ -122,11 +122,11 @@ def test_the_smallest_slices_come_first_and_those_that_are_too_small_not_at_all(
     settings = made_settings(rows=16, remat="full")
     config = dataclasses.replace(CONFIG, num_layers=8000, hidden_size=256)
     found = smallest(settings, config, "v5e")
-    topology, best = next(found)
+    topology, layouts = next(found)
     held = 12 * 8000 * (256 * 32 * 12 + 3 * 256 * 512)  # float32 weights and moments of the layers
     for devices, holds in ((topology.num_devices, True), (topology.num_devices // 2, False)):
         assert (devices * 0.9 * 15.75 * 2**30 > 1.4 * held) == holds
-    assert best.spare(topology) >= SPARE
+    assert 1 <= len(layouts) <= 2
     assert next(found)[0].num_devices > topology.num_devices
 
 
