@@ -52,6 +52,7 @@ _PUBLIC = {
     "models": "paxo.models",
     "numerics": "paxo.numerics",
     "objective": "paxo.objectives",
+    "online": "paxo.online",
     "pmap_step": "paxo.training.step",
     "sampling": "paxo.sampling",
     "sequence_logps": "paxo.scoring",

@@ -127,6 +127,9 @@ def methods(options: argparse.Namespace) -> None:
     if options.compare is not None:
         _print_peers(options)
         return
+    if options.online:
+        _print_rows(options)
+        return
     from paxo import objectives
 
     rows = objectives.method_table()
@@ -139,6 +142,29 @@ def methods(options: argparse.Namespace) -> None:
         details = [", ".join(row["inputs"]), values or "no hyper-parameters", row["paper"]]
         print(f"{row['name']:{width}}  {row['summary']}")
         print(f"{'':{width}}  {' | '.join(filter(None, details))}")
+
+
+def _print_rows(options: argparse.Namespace) -> None:
+    """The self-play methods with their settings."""
+    from paxo.online import METHODS
+
+    rows = [
+        {
+            "name": name,
+            "objective": row.objective.name,
+            "paper": row.paper,
+            "settings": row.hyper_parameters,
+        }
+        for name, row in METHODS.items()
+    ]
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        values = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        print(f"{row['name']:{width}}  {row['objective']} | {row['paper']}")
+        print(f"{'':{width}}  {values}")
 
 
 def _print_peers(options: argparse.Namespace) -> None:
@@ -322,6 +348,9 @@ def _add_methods(parser: _Parser) -> None:
         metavar="LIBRARY",
         help="what TRL, EasyDeL, HALOs and authors' code compute, all or one of them, and whether "
         "it is equal",
+    )
+    parser.add_argument(
+        "--online", action="store_true", help="self-play and online methods, with their settings"
     )
 
 

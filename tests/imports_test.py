@@ -25,7 +25,7 @@ ROWS = (
     ({"evaluation"}, {"online"}),
     (
         {
-            *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli"),
+            *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli", "rounds"),
             *("overrides", "provenance"),
         },
     ),

@@ -45,6 +45,7 @@ def parse_record(
     | `messages` | a demonstration: the last assistant turn is the completion |
     | `text` | plain text without a prompt |
     | `prompt_ids`, `chosen_ids`, `rejected_ids` | a pair of token ids, used as they are |
+    | `prompt_ids`, `completions_ids`, `scores` | a list of them, as rounds of self-play keep |
 
     With any of them `contexts` may hold, for each completion, a text (or token ids) that stands
     between the prompt and it and is not scored: a draft to be revised, say.
@@ -206,8 +207,18 @@ def _token_ids(row: Mapping, source: str):
     return prompt, _distinct((chosen, rejected), source), (1.0, 0.0)
 
 
+def _token_id_list(row: Mapping, source: str):
+    prompt, values = _ids(row["prompt_ids"], source, "prompt_ids"), row["completions_ids"]
+    if not isinstance(values, (list, tuple)) or not values:
+        expected = "a list of lists of token ids"
+        raise _error(source, "completions_ids", expected, _short(values), reason="wrong type")
+    completions = tuple(_ids(v, source, f"completions_ids[{k}]") for k, v in enumerate(values))
+    return prompt, completions, _numbers(row["scores"], source, "scores", len(completions))
+
+
 # The first layout whose columns are all there is the row's.
 LAYOUTS = (
+    (("prompt_ids", "completions_ids", "scores"), _token_id_list),
     (("prompt_ids", "chosen_ids", "rejected_ids"), _token_ids),
     (("prompt", "chosen", "rejected"), _pair),
     (("chosen", "rejected"), _conversations),

@@ -61,6 +61,7 @@ def fit(
     evaluate_every: int = 0,
     log_every: int = 1,
     on_step: Callable[[int, Metrics], None] | None = None,
+    whole: bool = True,
 ) -> State:
     """Train from `state.step` to `num_steps` and return the last state.
 
@@ -82,6 +83,8 @@ def fit(
         evaluate_every: steps between evaluations; with 0, only after the last step.
         log_every: steps between lines of metrics; 0 is only the last step.
         on_step: called with every step's number and metrics, one step late.
+        whole: False where this is a part of a longer run, whose last step is nothing special: whoever
+            calls saves, writes and measures what is due after it.
 
     Raises:
         NonFiniteLossError: naming step and records; no checkpoint of that step is saved.
@@ -97,7 +100,7 @@ def fit(
     first = int(state.step) + 1
     if first > num_steps:
         return state
-    report = _Report(writer, on_step, log_every, num_steps, checkpointer)
+    report = _Report(writer, on_step, log_every, num_steps if whole else None, checkpointer)
     feed = _Feed(batches, attach, place)
     with _StopSignals() as stop:
         batch = feed.take(first)
@@ -110,13 +113,13 @@ def fit(
             report.add(number, metrics, batch.identity)
 
             scores = None
-            if evaluate is not None and (last or _falls_on(number, evaluate_every)):
+            if evaluate is not None and ((whole and last) or _falls_on(number, evaluate_every)):
                 scores = report.evaluation(number, evaluate, state)
             stopped = stop.requested(number)
             if checkpointer is not None and (
-                last
-                or stopped
-                or checkpointer.due(number)
+                stopped
+                or (whole and last)
+                or (checkpointer.due(number) and not last)
                 or (scores is not None and checkpointer.best_metric is not None)
             ):
                 report.fetch()  # a state is saved only when its loss was seen finite
@@ -126,7 +129,7 @@ def fit(
                 stop.leave(number, checkpointer)
             batch = next_batch
         report.fetch()
-    if checkpointer is not None:
+    if checkpointer is not None and whole:
         checkpointer.wait()
     return state
 
@@ -177,7 +180,7 @@ class _Report:
         writer: Writer | None,
         on_step: Callable[[int, Metrics], None] | None,
         log_every: int,
-        num_steps: int,
+        num_steps: int | None,
         checkpointer: "Checkpointer | None",
     ):
         self._writer = writer

@@ -266,14 +266,22 @@ class _Lines:
 
 
 def _is_evaluation(metrics: Mapping[str, float]) -> bool:
-    return "loss" not in metrics
+    """Neither of a training step nor of a round of self-play that nobody evaluated."""
+    of_training = "loss" in metrics or "round" in metrics
+    return not of_training or any(name.startswith("eval/") for name in metrics)
 
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:
-    """The loss and the speed of a training step, or all that an evaluation found."""
+    """The loss and the speed of a step, the length of a round's texts, or what was evaluated."""
+    figures = [f"round {metrics['round']:.0f}"] if "round" in metrics else []
     if _is_evaluation(metrics):
-        return [f"{name} {value:.4g}" for name, value in metrics.items()]
-    figures = [f"loss {metrics['loss']:.4f}"]
+        shown = {k: v for k, v in metrics.items() if not k.endswith(("_low", "_high"))}
+        if figures:  # of a round: what was drawn stands in metrics.jsonl
+            shown = {k.removeprefix("eval/"): v for k, v in shown.items() if k.startswith("eval/")}
+        return [*figures, *(f"{name} {value:.4g}" for name, value in shown.items())]
+    figures += [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+    if "round/tokens" in metrics:
+        figures.append(f"{metrics['round/tokens']:.1f} tokens a completion")
     if "tokens_per_second" in metrics:
         figures.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     return figures

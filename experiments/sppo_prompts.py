@@ -1,0 +1,26 @@
+"""SPPO on the task of three styles, or on given prompts; see `cyclic_prompts.py`.
+
+    paxo run experiments/sppo_prompts.py
+
+Wu et al. 2024, arXiv:2405.00675: the log-ratios of the best and the worst of five answers to the
+last policy are regressed on their win rates. As for DNO, the theory speaks of the average policy.
+
+FIGURES
+"""
+
+import dataclasses
+import pathlib
+
+from paxo.experiment import load
+from paxo.online import RoundSettings, method
+from paxo.rounds import SelfPlay
+
+CYCLIC = load(pathlib.Path(__file__).with_name("cyclic_prompts.py"))
+run = CYCLIC.run
+
+
+def experiment() -> SelfPlay:
+    """Settings of `cyclic_prompts.py`; eta is 2 instead of the paper's 1000, a step of this game."""
+    settings = CYCLIC.experiment()
+    rounds = RoundSettings(60, prompts_per_round=128, epochs=2, minibatches=2, evaluate_every=1)
+    return dataclasses.replace(settings, method=method("sppo", eta=2.0), rounds=rounds)

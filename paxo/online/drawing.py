@@ -1,0 +1,157 @@
+"""Drawing candidates: prompts of any lengths in few shapes, answers as host arrays."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from paxo.online.groups import Prompt
+from paxo.online.method import Draw
+from paxo.sampling import SamplingConfig, make_mixture_sampler, make_sampler
+from paxo.types import Array, Params, Policy, PromptBatch
+
+GROWTH = 1.25  # from one padded size to the next: what is wasted stays below, shapes are few
+
+
+class Drawn(NamedTuple):
+    """Completions of B prompts, K each.
+
+    Attributes:
+        tokens: B lists of K arrays `[T_k]` int32, the stop token included.
+        finished: `[B, K]` bool.
+        logps: `[B, K]` float32, log-prob of each completion under the policy that drew it (without
+            temperature or truncation), nats.
+    """
+
+    tokens: list[list[np.ndarray]]
+    finished: np.ndarray
+    logps: np.ndarray
+
+
+class Drawer:
+    """Draws from the policies of a round.
+
+    The draws for a prompt depend on the key, its number, the candidate and the position alone.
+
+    Args:
+        policy: the model of all policies.
+        config: how completions are drawn, where a `Draw` does not say otherwise.
+        stop_ids: tokens that end a completion.
+        mesh: devices over which prompts are spread.
+        batch_size: prompts drawn for at a time.
+        reference: the reference's model, where it is another.
+
+    Raises:
+        ValueError: for a batch of no prompts, or what the samplers refuse.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: SamplingConfig,
+        stop_ids: tuple[int, ...],
+        *,
+        mesh: Mesh | None = None,
+        batch_size: int = 64,
+        reference: Policy | None = None,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        self.policy, self.reference = policy, policy if reference is None else reference
+        self.config, self.stop_ids, self.mesh = config, tuple(stop_ids), mesh
+        self.batch_size = batch_size
+
+    def check(self, prompts: Sequence[Prompt], extra: int = 0) -> None:
+        """Raises ValueError for a prompt that leaves no room for a completion.
+
+        Args:
+            prompts: all that will be drawn for.
+            extra: tokens by which a prompt may be longer when it is drawn for.
+        """
+        limits = [p.max_positions for p in (self.policy, self.reference) if p.max_positions]
+        if not limits:
+            return
+        for prompt in prompts:
+            needed = len(prompt.ids) + extra + self.config.max_new_tokens
+            if needed > min(limits):
+                raise ValueError(
+                    f"prompt {prompt.index} has {len(prompt.ids) + extra} tokens; with "
+                    f"max_new_tokens={self.config.max_new_tokens} that exceeds the model's "
+                    f"{min(limits)} positions: lower it, or leave out longer prompts"
+                )
+
+    def __call__(
+        self,
+        draw: Draw,
+        policies: Mapping[str, Params],
+        prompts: Sequence[Prompt],
+        key: Array,
+        *,
+        mix: float = 0.0,
+    ) -> Drawn:
+        """`draw.count` completions of each prompt.
+
+        Args:
+            draw: from which policy, and how.
+            policies: source -> parameters: "policy", "reference", "average".
+            prompts: one list of them is one round's.
+            key: random key.
+            mix: weight of the reference, for `source="mixture"`.
+        """
+        sampler = self._sampler(draw, policies, mix)
+        tokens, finished, logps = [], [], []
+        for start in range(0, len(prompts), self.batch_size):
+            some = prompts[start : start + self.batch_size]
+            drawn = jax.device_get(sampler(self._batch(some), key))
+            own = drawn.token_logps["policy"]
+            for b in range(len(some)):
+                lengths = drawn.mask[b].sum(-1)
+                tokens.append([t[:n] for t, n in zip(drawn.tokens[b].astype(np.int32), lengths)])
+            finished.append(drawn.finished[: len(some)])
+            logps.append(np.sum(own[: len(some)], -1, dtype=np.float32))
+        return Drawn(tokens, np.concatenate(finished), np.concatenate(logps))
+
+    def _sampler(self, draw: Draw, policies: Mapping[str, Params], mix: float) -> Any:
+        own = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p")}
+        changes = {name: value for name, value in own.items() if value is not None}
+        config = dataclasses.replace(self.config, num_candidates=draw.count, **changes)
+        if draw.source == "mixture":
+            sampler = make_mixture_sampler(
+                self.policy, config, self.stop_ids, reference=self.reference, mesh=self.mesh
+            )
+            return lambda batch, key: sampler(
+                policies["policy"], batch, key, reference_params=policies["reference"], mix=mix
+            )
+        model = self.reference if draw.source == "reference" else self.policy
+        sampler = make_sampler(model, config, self.stop_ids, mesh=self.mesh)
+        return lambda batch, key: sampler(policies[draw.source], batch, key)
+
+    def _batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
+        """Right-padded, the last prompt repeated up to the size of a batch."""
+        filled = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]
+        tokens = np.zeros((len(filled), padded_size(max(len(p.ids) for p in filled), 16)), np.int32)
+        for row, prompt in zip(tokens, filled):
+            row[: len(prompt.ids)] = prompt.ids
+        limit = self.policy.max_positions
+        if limit is not None:  # the padding must not be what is too long
+            tokens = tokens[:, : max(limit - self.config.max_new_tokens, 1)]
+        return PromptBatch(
+            tokens,
+            np.array([len(p.ids) for p in filled], np.int32),
+            np.array([p.index for p in filled], np.int32),
+        )
+
+
+def padded_size(needed: int, multiple: int) -> int:
+    """The next of few sizes, each at most a quarter (or one multiple) above the one before.
+
+    >>> [padded_size(n, 16) for n in (1, 16, 17, 100, 130)]
+    [16, 16, 32, 112, 144]
+    """
+    size = multiple
+    while size < needed:
+        size = max(int(size * GROWTH) // multiple * multiple, size + multiple)
+    return size

@@ -1,0 +1,95 @@
+"""Self-play on games as one-token language models: small, fast, and the answer is known."""
+
+import pathlib
+
+import jax
+import numpy as np
+import optax
+
+from paxo.data.packing import pack_groups, pad_rows
+from paxo.data.records import TokenGroup
+from paxo.data.row_shape import RowShape
+from paxo.games import builders
+from paxo.games.as_policy import stop_ids, table_policy
+from paxo.judges import CheckedJudge, MatrixJudge
+from paxo.models.heads import init_heads, with_heads
+from paxo.models.sharding import make_mesh, param_shardings
+from paxo.online import Drawer, Prompt, RoundSettings, play
+from paxo.online.collect import Judges
+from paxo.online.drawing import padded_size
+from paxo.sampling import SamplingConfig
+
+
+def a_game(num_actions=4, beta=0.5):
+    """A game that is no Bradley-Terry game, with a reference that is not uniform."""
+    return builders.numpy_game(3, num_actions, beta=beta, num_games=1)[0]
+
+
+def judge_of(game):
+    """Reads the action of a completion."""
+    matrix = np.asarray(game.preferences, np.float64)
+    judge = MatrixJudge(matrix, lambda prompt, completion: completion[0])
+    return CheckedJudge(judge, missing="keep")
+
+
+def reward_of(game):
+    """A reward of each action."""
+    values = np.asarray(game.preferences).mean(1)
+    return lambda prompts, rows: np.array([[values[c[0]] for c in row] for row in rows])
+
+
+def prompts_for(game, num, completions=0):
+    """The same prompt under many numbers, with actions as completions of a data set."""
+    rng = np.random.default_rng(0)
+    ids = np.zeros(1, np.int32)
+    answers = lambda: tuple(rng.integers(0, game.num_actions, (completions, 1)).astype("i4"))  # noqa: E731
+    return [Prompt(ids, i, None, answers(), (True,) * completions) for i in range(num)]
+
+
+def packer(size, length=64):
+    """Groups of one-token completions in rows of one length."""
+    shape = RowShape(length, length, length // (size + 1), size, 4)
+
+    def pack(groups):
+        fields = [TokenGroup(**vars(group)) for group in groups]
+        batch, _ = pack_groups(fields, shape)
+        return pad_rows(batch, padded_size(len(batch.tokens), 1))
+
+    return pack
+
+
+def play_game(game, method, workdir, *, rounds=2, prompts=16, optimizer=None, **given):
+    """Plays, with all judges and rewards that any method asks for."""
+    policy = with_heads(table_policy(game), 1, ["values"])
+    params = policy.init(jax.random.key(0))
+    params = params | {"heads": init_heads(jax.random.key(1), 1, ["values"])}
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    reward = reward_of(game)
+    judges = given.pop("judges", None) or Judges(
+        judge=judge_of(game),
+        rewards={
+            "reward": reward,
+            "points": lambda p, rows: 6 * reward(p, rows),
+            "passed": lambda p, rows: (reward(p, rows) > 0.4).astype(float),
+            "constraints": lambda p, rows: np.stack([reward(p, rows), -reward(p, rows)], -1),
+        },
+    )
+    settings = given.pop("settings", None) or RoundSettings(rounds, prompts_per_round=prompts)
+    drawer = Drawer(
+        policy, SamplingConfig(1), stop_ids(game), batch_size=settings.prompts_per_round
+    )
+    return play(
+        policy,
+        params,
+        method,
+        optax.sgd(0.1) if optimizer is None else optimizer,
+        given.pop("asked", None) or prompts_for(game, settings.prompts_per_round, 2),
+        settings,
+        draw=drawer,
+        judges=judges,
+        pack=packer(method.group_size),
+        mesh=mesh,
+        param_shardings=param_shardings(policy.logical_axes, params, mesh),
+        workdir=pathlib.Path(workdir),
+        **given,
+    )
