@@ -127,8 +127,8 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
     flops = step_flops(config, work)
     state = sum(memory.resident[name] for name in ("parameters", "moments"))
     passes = 4 if config.remat == "full" else 3
-    moved = passes * _pass_bytes(run) * layout.microbatches + 2 * state
-    moved += 2 * memory.layers["gradients"]
+    parts = layout.microbatches
+    moved = passes * _pass_bytes(run, parts) + 2 * state + 2 * memory.layers["gradients"]
     return Estimate(
         layout=layout,
         memory=memory,
@@ -136,9 +136,7 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
         flops=flops,
         useful_flops=useful_flops(config, work),
         step=bounds(flops, moved, traffic.step),
-        scorer=bounds(
-            scorer_flops(config, work), _pass_bytes(run) * layout.microbatches, traffic.scorer
-        ),
+        scorer=bounds(scorer_flops(config, work), _pass_bytes(run, 1), traffic.scorer),
         sampler=_sampling(run, bounds, traffic),
         tokens=run.tokens,
         references=len(run.references),
@@ -167,18 +165,18 @@ def work_of(run: Run, platform: str) -> Work:
     )
 
 
-def _pass_bytes(run: Run) -> float:
-    """Bytes that one pass over a microbatch reads and writes on a device."""
+def _pass_bytes(run: Run, parts: int) -> float:
+    """Bytes that a pass over a step's rows in so many parts reads and writes on a device."""
     config, layout = run.config, run.layout
     size = jnp.dtype(config.compute_dtype).itemsize
-    tokens = layout.rows_per_device * layout.row_length
+    rows = layout.rows_per_device * layout.microbatches
     layer = config.num_layers * layer_params(config)
     weights = size * (layer + config.hidden_size * config.vocab_size) / layout.tensor
     # Each array of a layer is written once and read once.
     widths = 4 * config.hidden_size + _split_widths(config) / layout.tensor
-    scored = layout.rows_per_device * run.row.slots
-    logits = 4 * scored * config.vocab_size / layout.tensor
-    return weights + 2 * size * tokens * widths * config.num_layers + 2 * logits
+    arrays = size * rows * layout.row_length * widths * config.num_layers
+    logits = 4 * rows * run.row.slots * config.vocab_size / layout.tensor
+    return parts * weights + 2 * arrays + 2 * logits
 
 
 def _split_widths(config: ModelConfig) -> int:
@@ -187,7 +185,7 @@ def _split_widths(config: ModelConfig) -> int:
 
 
 def _sampling(run: Run, bounds, traffic: Traffic) -> Seconds:
-    """Prefill of the prompts, and every token in turn; of these none overlaps the next."""
+    """Prefill of the prompts, and every token in turn: none of these overlaps the next."""
     config, layout = run.config, run.layout
     size = jnp.dtype(config.compute_dtype).itemsize
     prompts, longest = run.prompts.tokens.shape[0], run.lengths.max_completion
@@ -196,5 +194,5 @@ def _sampling(run: Run, bounds, traffic: Traffic) -> Seconds:
     read = size * weights / layout.tensor + cache_bytes(run) / 2
     token = bounds(2.0 * sequences * weights, read, traffic.token)
     prefill = Work(prompts * run.lengths.max_prompt, prompts, run.lengths.max_prompt, 0.0)
-    first = bounds(scorer_flops(config, prefill), _pass_bytes(run), traffic.scorer)
+    first = bounds(scorer_flops(config, prefill), _pass_bytes(run, 1), traffic.scorer)
     return Seconds(*(a + longest * b for a, b in zip(first, token)))

@@ -114,6 +114,9 @@ def memory_of(run: Run, platform: str, held: Held | None = None) -> Memory:
     summed = trained if layout.microbatches > 1 else 0
     kept = kept_bytes(run.config, layout) + _batch_bytes(run)
     layers, head = gathered_bytes(run)
+    # A scorer runs all rows at once; frozen weights have no gradients.
+    whole = dataclasses.replace(layout, microbatches=1)
+    trains_all = not run.policy.frozen
     return Memory(
         resident=resident,
         # Logits once more and their gradient; the head's own gradient in float32.
@@ -121,16 +124,16 @@ def memory_of(run: Run, platform: str, held: Held | None = None) -> Memory:
             "gradients": summed,
             "activations": kept,
             "logits": scored + scored // 2,
-            "collectives": 3 * head,
+            "collectives": head * (3 if trains_all else 1),
         },
         # What lies between a layer's products; its weights and their gradients, whole.
         layers={
             "gradients": summed + trained,
             "activations": kept + LIVE * _widest(run.config, layout),
-            "collectives": 2 * layers,
+            "collectives": layers * (2 if trains_all else 1),
         },
         scorer={
-            "activations": LIVE * _widest(run.config, layout) + _batch_bytes(run),
+            "activations": LIVE * _widest(run.config, whole) + _batch_bytes(run),
             "logits": scored,
             "collectives": max(layers, head),
         },
