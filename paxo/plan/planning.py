@@ -47,7 +47,9 @@ def plan(
     """
     if not isinstance(settings, Experiment):
         raise SettingsError(
-            f"paxo plan reads a paxo.Experiment; this file's settings are {type(settings).__name__}"
+            f"paxo plan reads a paxo.Experiment; this file's settings are "
+            f"{type(settings).__name__}: plan a file with the same model and objective, whose page "
+            "tells what an online round costs"
         )
     config = model_config(settings, model)
     if topology in TPUS:

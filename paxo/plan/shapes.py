@@ -342,13 +342,7 @@ def _references(settings: Experiment, config: ModelConfig) -> dict[str, Params]:
     first: dict[Any, str] = {}
     for role in roles:
         first.setdefault(given[role], role)
-    held = dataclasses.replace(config, param_dtype=reference_dtype(settings))
-    return {role: param_shapes(held) for role in first.values()}
-
-
-def reference_dtype(settings: Experiment) -> str:
-    """The dtype in which frozen policies are held."""
-    return settings.model.compute_dtype
+    return {role: param_shapes(config) for role in first.values()}
 
 
 def _row(settings: Experiment, layout: Layout, lengths: Lengths) -> tuple[RowShape, float]:

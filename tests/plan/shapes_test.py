@@ -50,12 +50,12 @@ def test_an_axis_that_its_devices_do_not_divide_is_counted_as_replicated():
     assert (size(half), size(quarter)) == (kernel // 2, kernel)
 
 
-def test_a_reference_is_held_in_the_dtype_of_the_products():
-    settings = apply_overrides(made_settings(), ["model.compute_dtype=bfloat16"])
-    run = made_run(settings)
-    found = memory_of(run, "tpu").resident
-    assert found["reference"] == found["parameters"] // 2
-    assert memory_of(made_run(made_settings("simpo")), "tpu").resident["reference"] == 0
+def test_a_reference_is_a_second_copy_of_the_weights_where_the_objective_has_one():
+    with_one, without = (
+        memory_of(made_run(made_settings(name)), "tpu").resident for name in ("dpo", "simpo")
+    )
+    assert with_one["reference"] == with_one["parameters"] == without["parameters"]
+    assert without["reference"] == 0
 
 
 @pytest.mark.parametrize(
