@@ -155,6 +155,9 @@ def _round(made: Mapping[str, Any]) -> Table:
     rows = [(name, _seconds(cost[name])) for name in ("sampling", "scoring", "step", "seconds")]
     rows[-1] = ("whole round", rows[-1][1])
     rows.append(("chip-hours", f"{cost['chip_hours']:.3f}"))
+    if best := cost["fastest_sampling"]:
+        mesh = " × ".join(f"{axis} {ways}" for axis, ways in best["mesh"].items())
+        rows.append((f"sampling on {mesh}", _seconds(best["seconds"])))
     title = f"an online round of {cost['prompts']} prompts × {cost['candidates']}, at least"
     return Table(title, ("", ""), rows)
 

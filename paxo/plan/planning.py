@@ -13,7 +13,7 @@ from paxo.overrides import SettingsError
 from paxo.plan.chips import TPUS
 from paxo.plan.compiled import Compiled, compile_programs
 from paxo.plan.estimate import SPARE, Estimate, estimate
-from paxo.plan.search import ranked, smallest
+from paxo.plan.search import estimates, fastest_sampler, fitting, smallest
 from paxo.plan.shapes import Layout, Run, first_layout, make_run, model_config, relaid
 from paxo.plan.topology import Topology, parse_topology
 
@@ -79,7 +79,8 @@ def _smallest(
 def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> dict[str, Any]:
     own = estimate(run, topology)
     programs = _compiled(run, own, topology) if compiled else {}
-    best = ranked(run, topology)[:BEST]
+    others = estimates(run, topology)
+    best = fitting(others, topology)[:BEST]
     searched = [
         _searched(run, found, topology, programs, number < compiled)
         for number, found in enumerate(best)
@@ -133,6 +134,7 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
             "step": own.step.bound,
             "seconds": own.round_seconds,
             "chip_hours": own.round_seconds / 3600 * topology.num_chips,
+            "fastest_sampling": _fastest_sampling(others, topology),
         },
         "search": searched,
     }
@@ -171,6 +173,13 @@ def _searched(
         "fits": spare >= SPARE,
         "spare": spare,
     }
+
+
+def _fastest_sampling(found: list[Estimate], topology: Topology) -> dict[str, Any] | None:
+    best = fastest_sampler(found, topology)
+    return None if best is None else {
+        "mesh": best.layout.mesh_shape, "seconds": best.sampler.bound
+    }  # fmt: skip
 
 
 def _spare(own: Estimate, programs: dict[str, Compiled], topology: Topology) -> float:

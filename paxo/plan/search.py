@@ -81,9 +81,19 @@ def estimates(run: Run, topology: Topology) -> list[Estimate]:
     return sorted(map(of, layouts(run, topology)), key=key)
 
 
-def ranked(run: Run, topology: Topology) -> list[Estimate]:
-    """The `estimates` of those layouts that fit with `SPARE` to spare."""
-    return [e for e in estimates(run, topology) if e.spare(topology) >= SPARE]
+def fitting(found: list[Estimate], topology: Topology) -> list[Estimate]:
+    """Those of the estimates that fit with `SPARE` to spare."""
+    return [e for e in found if e.spare(topology) >= SPARE]
+
+
+def fastest_sampler(found: list[Estimate], topology: Topology) -> Estimate | None:
+    """The one that draws completions fastest, of those in which that fits; None without one.
+
+    Weights that are split over `fsdp` are gathered again for every token.
+    """
+    room = (1 - SPARE) * topology.chip.hbm_bytes
+    fits = [e for e in found if e.memory.sampling_peak() <= room]
+    return min(fits, key=lambda e: e.sampler.bound, default=None)
 
 
 def smallest(
@@ -106,7 +116,7 @@ def smallest(
         found = estimates(make_run(settings, config, first), topology)
         roomiest = max(found, key=lambda e: e.spare(topology))
         if roomiest.spare(topology) >= SPARE - SLACK:
-            fastest = next((e for e in found if e.spare(topology) >= SPARE), roomiest)
+            fastest = next(iter(fitting(found, topology)), roomiest)
             yield topology, list(dict.fromkeys([fastest.layout, roomiest.layout]))
 
 

@@ -30,7 +30,8 @@ SCHEMA = {
     "collective_bytes": {"step", "scorer"},
     "time": {"step", "scorer", "limited_by", "scored_step", "mfu_bound", "tokens_per_second",
              "steps", "run_seconds", "chip_hours"},
-    "round": {"prompts", "candidates", "sampling", "scoring", "step", "seconds", "chip_hours"},
+    "round": {"prompts", "candidates", "sampling", "scoring", "step", "seconds", "chip_hours",
+              "fastest_sampling"},
 }  # fmt: skip
 PLAIN = {"objective", "compiled", "compiled_because", "fits", "spare", "search"}
 

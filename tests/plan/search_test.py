@@ -6,7 +6,14 @@ import pytest
 
 from paxo.plan.estimate import SPARE, Seconds, estimate
 from paxo.plan.network import axis_bandwidths, traffic_of
-from paxo.plan.search import free_layout, layouts, ranked, smallest
+from paxo.plan.search import (
+    estimates,
+    fastest_sampler,
+    fitting,
+    free_layout,
+    layouts,
+    smallest,
+)
 from paxo.plan.shapes import Layout, model_config
 from paxo.plan.topology import parse_topology
 from tests.plan.planned import CONFIG, made_run, made_settings, made_topology
@@ -18,6 +25,11 @@ def wide(**changes):
 
 
 RUN = wide(mesh=(8, 1, 1))
+
+
+def ranked(run, topology):
+    """All estimates that fit, the fastest first."""
+    return fitting(estimates(run, topology), topology)
 
 
 def test_every_layout_trains_on_as_many_tokens_with_all_devices():
@@ -51,6 +63,15 @@ def test_more_memory_only_adds_layouts_and_never_makes_the_best_slower():
 
 def test_nothing_fits_no_memory():
     assert ranked(RUN, made_topology(8, hbm=1e5)) == []
+
+
+def test_sampling_is_fastest_where_no_weights_are_gathered_for_every_token():
+    topology = made_topology(8)
+    found = estimates(RUN, topology)
+    best = fastest_sampler(found, topology)
+    assert best.layout.fsdp == 1
+    assert all(best.sampler.bound <= e.sampler.bound for e in found)
+    assert fastest_sampler(found, made_topology(8, hbm=1e5)) is None
 
 
 def test_a_step_on_twice_the_devices_takes_at_least_half():
