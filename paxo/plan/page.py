@@ -58,10 +58,10 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
     chips = f"{topology['chips']} chip{'s' if topology['chips'] > 1 else ''}"
     lines = [
         f"{made['model']['name']} {fits} {topology['name']} ({chips}): {_spare(made['spare'])} of "
-        f"{_gib(topology['hbm_bytes'])} GiB a device; at least {SPARE:.0%} shall be.",
+        f"{_bytes(topology['hbm_bytes'])} a device; at least {SPARE:.0%} shall be.",
         f"{time['steps']} steps take at least {_duration(time['run_seconds'])}, that is "
         f"{time['chip_hours']:,.1f} chip-hours.",
-        f"Memory by category and times are analytic: times are bounds. {made['compiled_because']}.",
+        f"Memory by category and times are analytic, times are bounds. {made['compiled_because']}.",
     ]
     if "smallest" in made:
         kind, small = made["smallest"]["of"], made["smallest"]["too_small"]
@@ -103,13 +103,13 @@ def _run(made: Mapping[str, Any]) -> Table:
 
 def _memory(made: Mapping[str, Any]) -> Table:
     memory = made["memory"]
-    rows = [(name, _gib(size)) for name, size in memory["bytes"].items() if size]
+    rows = [(name, _bytes(size)) for name, size in memory["bytes"].items() if size]
     rows += [
-        ("training, estimated", _gib(memory["peak"])),
-        ("sampling, estimated", _gib(memory["sampling_peak"])),
-        ("a device has", _gib(made["topology"]["hbm_bytes"])),
+        ("training, estimated", _bytes(memory["peak"])),
+        ("sampling, estimated", _bytes(memory["sampling_peak"])),
+        ("a device has", _bytes(made["topology"]["hbm_bytes"])),
     ]
-    return Table("memory of a device, estimated", ("", "GiB"), rows)
+    return Table("memory of a device, estimated", ("", ""), rows)
 
 
 def _programs(made: Mapping[str, Any]) -> Table:
@@ -117,11 +117,11 @@ def _programs(made: Mapping[str, Any]) -> Table:
     rows = []
     for name, program in made["compiled"].items():
         parts = ("arguments", "temporaries", "outputs", "beside", "peak")
-        sizes = [_gib(program[part]) for part in parts]
+        sizes = [_bytes(program[part]) for part in parts]
         spare = f"{1 - program['peak'] / hbm:.0%}"
         rows.append((name, *sizes, spare, f"{program['seconds']:.0f}"))
-    columns = ("", "arguments", "temporaries", "outputs", "beside", "peak", "spare", "seconds")
-    return Table("programs as compiled, GiB of a device", columns, rows)
+    columns = ("", "inputs", "within", "outputs", "beside", "peak", "spare", "seconds")
+    return Table("memory of a device, by the compiler", columns, rows)
 
 
 def _times(made: Mapping[str, Any]) -> Table:
@@ -143,11 +143,11 @@ def _times(made: Mapping[str, Any]) -> Table:
 def _network(made: Mapping[str, Any]) -> Table:
     sent = made["collective_bytes"]
     rows = [
-        (axis, *(_gib(sent[program][axis]) for program in ("step", "scorer")))
+        (axis, *(_bytes(sent[program][axis]) for program in ("step", "scorer")))
         for axis in sent["step"]
         if made["layout"][axis] > 1
     ]
-    return Table("received by a device over each mesh axis, GiB", ("", "step", "scorer"), rows)
+    return Table("received by a device over each mesh axis", ("", "step", "scorer"), rows)
 
 
 def _round(made: Mapping[str, Any]) -> Table:
@@ -180,8 +180,12 @@ def _spare(share: float) -> str:
     return f"{share:.0%} is left" if share >= 0 else f"{-share:.0%} too much"
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
+def _bytes(size: float) -> str:
+    """Bytes in a unit in which they have digits."""
+    for unit, least in (("GiB", GIB), ("MiB", 2**20)):
+        if size >= least / 10:
+            return f"{size / least:.2f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def _seconds(number: float) -> str:

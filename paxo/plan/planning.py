@@ -91,7 +91,7 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
     return {
         "topology": _topology(topology),
         "model": {
-            "name": model or run.settings.model.path,
+            "name": model or run.settings.model.path or "the model of the settings",
             "parameters": _count(run.params),
             "trained": _count(run.state.params),
             "shape": dataclasses.asdict(run.config),
@@ -190,12 +190,12 @@ def _spare(own: Estimate, programs: dict[str, Compiled], topology: Topology) -> 
 
 def _why(programs: dict[str, Compiled], compiled: int, topology: Topology) -> str:
     if programs:
-        return "compiled for these devices"
+        return "Programs were compiled for these devices"
     if not compiled:
-        return "nothing was to be compiled: all figures are analytic"
+        return "Nothing was to be compiled: all figures are analytic"
     if not topology.compiles:
-        return "no program can be compiled for a GPU that is not here: all figures are analytic"
-    return "not compiled: by the estimate it is far from fitting"
+        return "No program can be compiled for a GPU that is not here: all figures are analytic"
+    return "Nothing was compiled: by the estimate the run is far from fitting"
 
 
 def _topology(topology: Topology) -> dict[str, Any]:

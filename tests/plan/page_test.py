@@ -52,7 +52,7 @@ def test_the_record_has_its_schema_and_survives_json(made, tmp_path):
 
 def test_the_page_of_a_gpu_says_that_its_figures_are_analytic(made):
     assert made["compiled"] == {}
-    assert "no program can be compiled for a GPU that is not here" in page.markdown(made)
+    assert "No program can be compiled for a GPU that is not here" in page.markdown(made)
 
 
 def test_figures_of_the_run_follow_from_those_of_a_step(made):
@@ -76,6 +76,11 @@ def test_the_page_shows_every_category_axis_and_layout(made):
         assert found["layout"]["flags"] in text
 
 
+def test_bytes_have_a_unit_in_which_they_can_be_read():
+    shown = [page._bytes(size) for size in (15.75 * 2**30, 2**28, 3 * 2**20, 2000)]
+    assert shown == ["15.75 GiB", "0.25 GiB", "3.00 MiB", "2.0 KiB"]
+
+
 def test_a_run_that_does_not_fit_is_told_so_and_not_compiled():
     made = planning.plan(made_settings(num_layers=4000), "v5e:1x1", model="llama3-70b")
     assert not made["fits"]
@@ -84,7 +89,7 @@ def test_a_run_that_does_not_fit_is_told_so_and_not_compiled():
     text = page.markdown(made)
     assert "llama3-70b does not fit v5e:1x1 (1 chip)" in text
     assert "% too much of 15.75 GiB" in text
-    assert "not compiled: by the estimate it is far from fitting" in text
+    assert "Nothing was compiled: by the estimate the run is far from fitting" in text
 
 
 def test_a_kind_alone_finds_its_smallest_slice():
