@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ def make_mesh(
     # Auto: with the default, Explicit, an embedding lookup with both batch and embed on `fsdp` is
     # rejected.
     axis_types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+    # An axis may take a part of a side of a TPU's torus: `jax.make_mesh` does not split them.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=axis_types)
 
 
 @functools.cache

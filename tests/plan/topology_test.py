@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from paxo.models.sharding import make_mesh
 from paxo.overrides import SettingsError
 from paxo.plan import topology
 from paxo.plan.chips import TPUS
@@ -84,7 +85,21 @@ def test_nothing_is_compiled_for_a_gpu_that_is_not_here():
         parse_topology("gpu:h200x8").devices()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("text", ["v5p:4x4x4", "v5p:2x4x4", "v6e:8x16", "tpu7x:4x4x4"])
+def test_every_split_of_a_slice_is_a_mesh(text):
+    found = parse_topology(text)
+    devices = found.devices()
+    powers = [2**n for n in range(found.num_devices.bit_length())]
+    for tensor, fsdp in ((t, f) for t in powers[:4] for f in powers if t * f <= len(devices)):
+        mesh = make_mesh(-1, fsdp, tensor, devices=devices)
+        assert {*mesh.devices.flat} == {*devices}
+
+
+@needs_libtpu
 def test_libtpu_knows_every_usual_slice_and_leaves_no_variable_behind():
     before = dict(os.environ)
     for kind in TPUS:
