@@ -38,6 +38,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],  # driver 525 or later
     "cuda13": ["jax[cuda13]"],  # driver 580 or later
     "hub": ["datasets>=4"],
+    "plan": ["libtpu"],  # compiles for TPUs that are not there
     "parity": ["rax>=0.4", "torch==2.13.0", "trl==1.16.0"],
     "test": [
         "ipykernel>=6.29",

@@ -118,6 +118,23 @@ def sample(options: argparse.Namespace) -> None:
     )
 
 
+def plan(options: argparse.Namespace) -> None:
+    """`paxo plan FILE --topology KIND:SIZE`: tells what a run needs on chips that are not here."""
+    file = _existing(options.file)
+    # Nothing is run but this machine's CPU: an accelerator, if there is one, stays free.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from paxo import experiment
+
+    experiment.plan_file(
+        file,
+        options.overrides,
+        topology=options.topology,
+        model=options.model,
+        compiled=options.compile,
+        out=options.out,
+    )
+
+
 def methods(options: argparse.Namespace) -> None:
     """`paxo methods`: lists the objectives, or with `--compare` those of other trainers beside."""
     if options.compare is not None:
@@ -186,6 +203,7 @@ VERBS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "inspect": inspect,
     "export": export,
     "sample": sample,
+    "plan": plan,
     "methods": methods,
 }
 
@@ -321,6 +339,26 @@ def _add_sample(parser: _Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
 
 
+def _add_plan(parser: _Parser) -> None:
+    _add_file(parser)
+    parser.add_argument(
+        "--topology", required=True, metavar="KIND:SIZE", help="v5e:16x16, v5p:4x4x4, v6e:16x16, "
+        "tpu7x:4x4x4, gpu:h200x8 or cpu; a TPU without a size: its smallest slice that holds the "
+        "run is found",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", metavar="NAME", help="plan for a model of this shape, such as llama3-8b"
+    )
+    parser.add_argument(
+        "--compile", type=_count, default=3, metavar="N", help="compile the run's programs and the "
+        "N best layouts of the search (default: 3; 0 compiles nothing)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", metavar="DIR",
+        help="folder of plan.json and plan.md (default: runs/<name of FILE>/plan-KIND-SIZE)",
+    )  # fmt: skip
+
+
 def _add_methods(parser: _Parser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.add_argument(
@@ -341,6 +379,7 @@ _ARGUMENTS: Mapping[str, tuple[Callable[[_Parser], None], str]] = {
     "inspect": (_add_inspect, "show records, masks and statistics of an experiment's data"),
     "export": (_add_export, "write a checkpoint as a Hugging Face folder"),
     "sample": (_add_sample, "print completions of a trained model"),
+    "plan": (_add_plan, "tell what a run needs and takes on chips that are not here"),
     "methods": (_add_methods, "list the objectives"),
 }
 

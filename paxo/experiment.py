@@ -325,6 +325,26 @@ def sample_run(
     )
 
 
+def plan_file(
+    file: str | pathlib.Path,
+    overrides: Sequence[str],
+    *,
+    topology: str,
+    model: str | None,
+    compiled: int,
+    out: str | pathlib.Path | None,
+) -> None:
+    """`paxo plan`: prints and saves what a run needs and takes on a topology."""
+    from paxo.plan import page, planning
+
+    settings = settings_of(load(file), overrides)
+    made = planning.plan(settings, topology, model=model, compiled=compiled)
+    name = made["topology"]["name"].replace(":", "-")
+    folder = pathlib.Path(out or pathlib.Path("runs", pathlib.Path(file).stem, f"plan-{name}"))
+    page.write_plan(made, folder)
+    page.print_plan(made)
+
+
 def _runner(module: ModuleType) -> Callable[[Experiment, pathlib.Path], Any]:
     if hasattr(module, "run"):
         return module.run

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from paxo.chunked_head import QUANTITIES, head_scores
 from paxo.data.packing import sequence_tokens
 from paxo.logp_store import LogpStore
-from paxo.models.sharding import constrain
+from paxo.models.sharding import constrain, platform
 from paxo.numerics import at_least_float32
 from paxo.rows import own_rows, place_rows
 from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
@@ -138,10 +139,10 @@ def by_candidate(values: Array, batch: PreferenceBatch) -> Array:
 
 
 def default_chunk(rows: int, vocabulary: int) -> int:
-    """Scored tokens of each row that meet the head at a time, for this backend and mesh."""
+    """Scored tokens of each row that meet the head at a time, on the devices of this mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else mesh.size
-    tokens = max(MIN_CHUNK_TOKENS.get(jax.default_backend(), 1024), CHUNK_ENTRIES // vocabulary)
+    tokens = max(MIN_CHUNK_TOKENS.get(platform(), 1024), CHUNK_ENTRIES // vocabulary)
     return max(1, tokens * devices // rows)
 
 
@@ -175,14 +176,24 @@ class FixedScorer:
         """A hash of the parameters' content and dtypes."""
         return params_fingerprint(self.params)
 
+    def lower(self, batch: PreferenceBatch) -> Any:
+        """The lowered program of a call; parameters and batch may be placed shapes alone."""
+        with jax.set_mesh(self.mesh):
+            return _jitted(sequence_logps).lower(self.policy, self.params, _rows_alone(batch))
+
     def _run(self, function: Callable, batch: PreferenceBatch) -> Array:
-        batch = batch.replace(fixed_logps={}, fixed_token_logps={}, fixed_hidden={}, extras={})
+        batch = _rows_alone(batch)
         if self.mesh is None:
             return _jitted(function)(self.policy, self.params, batch)
         if isinstance(batch.tokens, np.ndarray):
             batch = place_rows(batch, self.mesh)
         with jax.set_mesh(self.mesh):
             return _jitted(function)(self.policy, self.params, batch)
+
+
+def _rows_alone(batch: PreferenceBatch) -> PreferenceBatch:
+    """Without what a scorer does not read: other arrays there would compile it anew."""
+    return batch.replace(fixed_logps={}, fixed_token_logps={}, fixed_hidden={}, extras={})
 
 
 def make_scorer(policy: Policy, params: Params, *, mesh: Mesh | None = None) -> FixedScorer:

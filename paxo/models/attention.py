@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from paxo.models.sharding import partition_spec
+from paxo.models.sharding import partition_spec, platform
 
 Array = jax.Array
 # Large enough to vanish after the softmax, small enough to stay finite in bfloat16.
@@ -57,7 +57,7 @@ def packed_attention(
 
 
 def _sizes() -> Sizes:
-    return SIZES.get(jax.default_backend(), SIZES_ELSEWHERE)
+    return SIZES.get(platform(), SIZES_ELSEWHERE)
 
 
 def _related(group_q: Array, branch_q: Array, group_k: Array, branch_k: Array) -> Array:

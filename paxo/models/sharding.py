@@ -86,7 +86,9 @@ def make_mesh(
     if slices > 1:
         array = _over_slices(sizes, slices, slice_axis, devices)
         return Mesh(array, MESH_AXES, axis_types=axis_types)
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+    # An axis may take a part of a side of a TPU's torus: `jax.make_mesh` does not split them.
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=axis_types)
 
 
 def _over_slices(sizes: list[int], slices: int, axis: str, devices: Any) -> np.ndarray:
@@ -159,6 +161,16 @@ def param_shardings(logical_axes: Any, shapes: Any, mesh: Mesh) -> Any:
         shapes,
         logical_axes,
     )
+
+
+def platform() -> str:
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu".
+
+    That of the devices of the mesh that is set, which may be of a machine that is not here; without
+    one, JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

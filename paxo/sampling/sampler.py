@@ -103,6 +103,26 @@ def make_sampler(
     return sampler
 
 
+def lower_sampler(
+    policy: Policy,
+    config: SamplingConfig,
+    stop_ids: tuple[int, ...],
+    params: Params,
+    prompts: PromptBatch,
+    key: Array,
+    *,
+    mesh: Mesh,
+) -> Any:
+    """The lowered program of `make_sampler`'s sampler, to be compiled and looked at.
+
+    The first three arguments and `mesh` are those of `make_sampler`, the others those of its
+    sampler; of these shapes with their shardings are enough.
+    """
+    stops, weights = Stops(stop_ids, config.stop_sequences), jax.ShapeDtypeStruct((1,), jnp.float32)
+    with jax.set_mesh(mesh):
+        return _sample.lower(Models((policy,)), config, stops, (params,), weights, prompts, key)
+
+
 def make_mixture_sampler(
     policy: Policy,
     config: SamplingConfig,

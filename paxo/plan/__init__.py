@@ -1,0 +1,1 @@
+"""`paxo plan`: what a run needs and takes on chips that are not there."""

@@ -1,0 +1,157 @@
+"""A run's own programs compiled ahead of time, and what the compiler says of them."""
+
+import dataclasses
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from paxo.models.sharding import make_mesh
+from paxo.plan.chips import GIB
+from paxo.plan.shapes import Run, bytes_per_device, placement, with_shardings
+from paxo.plan.topology import Topology
+from paxo.sampling import sampler
+from paxo.scoring import make_scorer
+from paxo.training.step import compile_step, make_train_step
+
+logger = logging.getLogger(__name__)
+
+PROGRAMS = ("step", "scorer", "sampler")
+# "Used 18.62G of 15.75G hbm", as XLA says that a program does not fit.
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One compiled program; bytes are of one device.
+
+    Attributes:
+        seconds: of compilation.
+        arguments: bytes of its inputs.
+        temporaries: bytes of everything between, at most.
+        outputs: bytes of its outputs that lie in no input's place.
+        beside: bytes of what else lies on the device while it runs.
+        flops: operations of a device that the compiler counts; of a loop it counts one turn.
+        failure: what the compiler says, where it does not fit; bytes are then its own count.
+    """
+
+    seconds: float
+    arguments: float
+    temporaries: float
+    outputs: float
+    beside: float
+    flops: float
+    failure: str | None = None
+
+    @property
+    def peak(self) -> float:
+        """Bytes on a device while it runs."""
+        return self.arguments + self.temporaries + self.outputs + self.beside
+
+
+def compile_programs(
+    run: Run, topology: Topology, names: tuple[str, ...] = PROGRAMS
+) -> dict[str, Compiled]:
+    """The run's step, scorer and sampler compiled for a topology, by name.
+
+    Args:
+        run: its shapes.
+        topology: a TPU's, or "cpu".
+        names: of `PROGRAMS`; a scorer is left out where no frozen policy is scored.
+    """
+    mesh = make_mesh(**run.layout.mesh_shape, devices=topology.devices())
+    placed = placement(run, mesh)
+    state = bytes_per_device(run.state, placed.state)
+    params = bytes_per_device(run.params, placed.params)
+    references = {
+        role: bytes_per_device(run.references[role], placed.references[role])
+        for role in run.references
+    }
+    held = sum(references.values())
+    found = {}
+    for name in names:
+        if name == "step":
+            found[name] = _compiled(name, lambda: lower_step(run, mesh), held)
+        elif name == "scorer" and references:
+            beside = state + held - references[next(iter(references))]
+            found[name] = _compiled(name, lambda: lower_scorer(run, mesh), beside)
+        elif name == "sampler":
+            found[name] = _compiled(name, lambda: lower_sampler(run, mesh), state + held - params)
+    return found
+
+
+def lower_step(run: Run, mesh: Mesh) -> Any:
+    """The training step, as `paxo run` compiles it."""
+    placed = placement(run, mesh)
+    body = make_train_step(
+        run.policy,
+        run.settings.objective,
+        run.optimizer,
+        microbatches=run.layout.microbatches,
+    )
+    return compile_step(body, mesh, placed.state).lower(run.state, run.batch)
+
+
+def lower_scorer(run: Run, mesh: Mesh) -> Any:
+    """The log-probs of a batch under the first frozen policy."""
+    placed = placement(run, mesh)
+    role = next(iter(run.references))
+    params = with_shardings(run.references[role], placed.references[role])
+    scorer = make_scorer(run.policy, params, mesh=mesh)
+    return scorer.lower(with_shardings(run.batch, placed.batch))
+
+
+def lower_sampler(run: Run, mesh: Mesh) -> Any:
+    """Completions of a round's prompts."""
+    placed = placement(run, mesh)
+    config = sampler.SamplingConfig(
+        max_new_tokens=run.lengths.max_completion, num_candidates=run.row.candidates
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return sampler.lower_sampler(
+        run.policy,
+        config,
+        (0,),
+        with_shardings(run.params, placed.params),
+        with_shardings(run.prompts, placed.batch),
+        with_shardings(key, NamedSharding(mesh, PartitionSpec())),
+        mesh=mesh,
+    )
+
+
+def _compiled(name: str, lower: Callable[[], Any], beside: float) -> Compiled:
+    start = time.perf_counter()
+    lowered = lower()
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = _USED.search(str(error))
+        if used is None:
+            raise
+        number, unit = used.group(1, 2)
+        return Compiled(
+            seconds=time.perf_counter() - start,
+            arguments=0.0,
+            temporaries=float(number) * _UNITS[unit],
+            outputs=0.0,
+            beside=beside,
+            flops=float("nan"),
+            failure=used[0],
+        )
+    seconds = time.perf_counter() - start
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    made = Compiled(
+        seconds=seconds,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        beside=beside,
+        flops=cost.get("flops", float("nan")),
+    )
+    logger.info("%s compiled in %.0f s: %.2f GiB a device", name, seconds, made.peak / GIB)
+    return made

@@ -1,0 +1,198 @@
+"""What a run takes at least: the slowest of its products, its memory traffic and its network.
+
+These are bounds. They let everything overlap that can, and every peak be reached.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from paxo.models.attention import SIZES, SIZES_ELSEWHERE
+from paxo.models.config import ModelConfig
+from paxo.plan.flops import (
+    BLOCK,
+    Work,
+    layer_params,
+    mean_keys,
+    scorer_flops,
+    step_flops,
+    useful_flops,
+)
+from paxo.plan.memory import Held, Memory, cache_bytes, memory_of
+from paxo.plan.network import AXES, Traffic, axis_bandwidths, traffic_of
+from paxo.plan.shapes import Layout, Run, abstract_mesh
+from paxo.plan.topology import Topology
+from paxo.scoring import default_chunk
+
+# What shall be left of a device's memory: programs fragment it, and the compiler's plans move.
+SPARE = 0.1
+# Of two layouts with the same bound the one is faster that leaves less to overlap.
+EXPOSED = 0.2
+
+
+class Seconds(NamedTuple):
+    """A program's bounds: of products, of memory traffic, of the network's slowest axis."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def bound(self) -> float:
+        """The largest."""
+        return max(self)
+
+    @property
+    def ranked(self) -> float:
+        """The bound and a share of what would have to be hidden behind it."""
+        return self.bound + EXPOSED * (sum(self) - self.bound)
+
+    @property
+    def limited_by(self) -> str:
+        """Its name."""
+        return self._fields[self.index(max(self))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """The analytic figures of a run on a topology.
+
+    Attributes:
+        layout: how it lies there.
+        memory: bytes a device by category.
+        traffic: bytes that a device receives, by program and mesh axis.
+        flops: operations of a step over all devices, as computed.
+        useful_flops: those that it cannot do without.
+        step: bounds of a training step.
+        scorer: of scoring a batch under one frozen policy.
+        sampler: of drawing an online round's completions, one at a time for each token.
+        tokens: positions of a step.
+        references: frozen policies that are scored.
+    """
+
+    layout: Layout
+    memory: Memory
+    traffic: Traffic
+    flops: float
+    useful_flops: float
+    step: Seconds
+    scorer: Seconds
+    sampler: Seconds
+    tokens: int
+    references: int
+
+    @property
+    def scored_step(self) -> float:
+        """Seconds of a step with the log-probs of the frozen policies that it needs."""
+        return self.step.bound + self.references * self.scorer.bound
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Positions a second, scoring included."""
+        return self.tokens / self.scored_step
+
+    @property
+    def round_seconds(self) -> float:
+        """An online round: completions drawn, scored and trained on."""
+        return self.sampler.bound + self.scored_step
+
+    def mfu(self, topology: Topology) -> float:
+        """The most of the peak that useful operations of a step can reach."""
+        peak = topology.num_devices * topology.chip.peak_flops
+        return self.useful_flops / (self.step.bound * peak)
+
+    def spare(self, topology: Topology) -> float:
+        """The share of a device's memory that is left; negative where the run does not fit."""
+        return 1 - self.memory.peak() / topology.chip.hbm_bytes
+
+
+def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate:
+    """The analytic figures of a run on a topology; `held` is as for `memory_of`."""
+    layout, config, devices = run.layout, run.config, topology.num_devices
+    work = work_of(run, topology.platform)
+    traffic = traffic_of(run)
+    speeds = axis_bandwidths(layout, topology)
+    memory = memory_of(run, topology.platform, held)
+
+    def bounds(flops: float, moved: float, sent: dict[str, float]) -> Seconds:
+        return Seconds(
+            flops / (devices * topology.chip.peak_flops),
+            moved / topology.chip.hbm_bytes_per_second,
+            max(sent[axis] / speeds[axis] for axis in AXES),
+        )
+
+    flops = step_flops(config, work)
+    state = sum(memory.resident[name] for name in ("parameters", "moments"))
+    passes = 4 if config.remat == "full" else 3
+    parts = layout.microbatches
+    moved = passes * _pass_bytes(run, parts) + 2 * state + 2 * memory.layers["gradients"]
+    return Estimate(
+        layout=layout,
+        memory=memory,
+        traffic=traffic,
+        flops=flops,
+        useful_flops=useful_flops(config, work),
+        step=bounds(flops, moved, traffic.step),
+        scorer=bounds(scorer_flops(config, work), _pass_bytes(run, 1), traffic.scorer),
+        sampler=_sampling(run, bounds, traffic),
+        tokens=run.tokens,
+        references=len(run.references),
+    )
+
+
+def work_of(run: Run, platform: str) -> Work:
+    """What a step's passes are over on devices of a platform."""
+    lengths, row, layout = run.lengths, run.row, run.layout
+    group = lengths.prompt + row.candidates * lengths.completion
+    adapters = run.state.params.get("lora", {})
+    with jax.sharding.use_abstract_mesh(abstract_mesh(layout, platform)):
+        rows = layout.rows // layout.microbatches
+        chunk = default_chunk(rows, run.config.vocab_size)
+    scores = rows * run.config.num_heads * row.length**2
+    devices = math.prod(layout.mesh_shape.values())
+    in_blocks = scores > devices * SIZES.get(platform, SIZES_ELSEWHERE).dense
+    return Work(
+        tokens=run.tokens,
+        scored=layout.rows * row.slots,
+        keys=min(row.length, group / 2 + BLOCK) if in_blocks else row.length,
+        needed_keys=mean_keys(lengths.prompt, lengths.completion, row.candidates),
+        in_blocks=in_blocks,
+        in_chunks=chunk < row.slots,
+        adapter_params=sum(math.prod(x.shape) for x in jax.tree.leaves(adapters)),
+    )
+
+
+def _pass_bytes(run: Run, parts: int) -> float:
+    """Bytes that a pass over a step's rows in so many parts reads and writes on a device."""
+    config, layout = run.config, run.layout
+    size = jnp.dtype(config.compute_dtype).itemsize
+    rows = layout.rows_per_device * layout.microbatches
+    layer = config.num_layers * layer_params(config)
+    weights = size * (layer + config.hidden_size * config.vocab_size) / layout.tensor
+    # Each array of a layer is written once and read once.
+    widths = 4 * config.hidden_size + _split_widths(config) / layout.tensor
+    arrays = size * rows * layout.row_length * widths * config.num_layers
+    logits = 4 * rows * run.row.slots * config.vocab_size / layout.tensor
+    return parts * weights + 2 * arrays + 2 * logits
+
+
+def _split_widths(config: ModelConfig) -> int:
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    return heads * config.head_dim + 3 * config.intermediate_size
+
+
+def _sampling(run: Run, bounds, traffic: Traffic) -> Seconds:
+    """Prefill of the prompts, and every token in turn: none of these overlaps the next."""
+    config, layout = run.config, run.layout
+    size = jnp.dtype(config.compute_dtype).itemsize
+    prompts, longest = run.prompts.tokens.shape[0], run.lengths.max_completion
+    sequences = prompts * run.row.candidates
+    weights = config.num_layers * layer_params(config) + config.hidden_size * config.vocab_size
+    read = size * weights / layout.tensor + cache_bytes(run) / 2
+    token = bounds(2.0 * sequences * weights, read, traffic.token)
+    prefill = Work(prompts * run.lengths.max_prompt, prompts, run.lengths.max_prompt, 0.0)
+    first = bounds(scorer_flops(config, prefill), _pass_bytes(run, 1), traffic.scorer)
+    return Seconds(*(a + longest * b for a, b in zip(first, token)))

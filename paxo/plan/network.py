@@ -1,0 +1,105 @@
+"""Bytes that devices send one another in a step, by mesh axis, and how fast an axis is."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from paxo.models.config import ModelConfig
+from paxo.plan.flops import layer_params
+from paxo.plan.shapes import Layout, Run
+from paxo.plan.topology import Topology
+
+AXES = ("data", "fsdp", "tensor")
+
+
+class Traffic(NamedTuple):
+    """Mesh axis -> bytes that one device receives, in a program."""
+
+    step: dict[str, float]
+    scorer: dict[str, float]
+    token: dict[str, float]
+
+
+def traffic_of(run: Run) -> Traffic:
+    """What a run's programs send.
+
+    A step gathers each layer's weights where they are used, forward and backward, and reduces their
+    gradients to the devices that hold them; copies add gradients up; where heads are split, the
+    outputs of attention and SwiGLU are. `token` is of one step of decoding.
+    """
+    config, layout = run.config, run.layout
+    size = jnp.dtype(config.compute_dtype).itemsize
+    layers = size * config.num_layers * layer_params(config) / layout.tensor
+    matrix = config.hidden_size * config.vocab_size / layout.tensor
+    own = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(run.state.params))
+    part = layout.microbatches
+    gathered = _others(layout.fsdp) * (layers + size * matrix)
+    # The head's gradient is float32. A frozen base has none: adapters alone do.
+    gradients = own / layout.tensor if run.policy.frozen else layers + 4 * matrix
+    tokens = layout.rows_per_device * layout.row_length * part
+    return Traffic(
+        step={
+            "data": 2 * _others(layout.data) * own / (layout.fsdp * layout.tensor),
+            "fsdp": part * (2 * gathered + _others(layout.fsdp) * gradients),
+            "tensor": _tensor(config, layout, tokens, passes=3 if config.remat == "full" else 2),
+        },
+        scorer={
+            "data": 0.0,
+            "fsdp": gathered,
+            "tensor": _tensor(config, layout, tokens, passes=1),
+        },
+        token={
+            "data": 0.0,
+            "fsdp": gathered,
+            "tensor": _tensor(config, layout, _sequences(run), passes=1),
+        },
+    )
+
+
+def axis_bandwidths(layout: Layout, topology: Topology) -> dict[str, float]:
+    """Bytes a second that a device receives over each mesh axis, when it is alone.
+
+    On a torus an axis of n devices takes as many sides as hold n; a side that is a ring is used
+    both ways. `tensor` lies innermost. On GPUs an axis that leaves the node has its network.
+    """
+    chip = topology.chip
+    if not topology.sides:
+        inner = {"tensor": layout.tensor, "fsdp": layout.tensor * layout.fsdp}
+        inner["data"] = inner["fsdp"] * layout.data
+        node = chip.node or topology.num_devices
+        fast, slow = chip.link_bytes_per_second, chip.network_bytes_per_second
+        return {axis: fast if inner[axis] <= node else slow for axis in AXES}
+    left = sorted(topology.sides)
+    bandwidths = {}
+    for axis in reversed(AXES):
+        ways, used = layout.mesh_shape[axis] / chip.devices_per_chip, []
+        while left and math.prod(used) < ways:
+            used.append(left.pop(0) if math.prod(used) * left[0] >= ways else left.pop())
+        # A side that another axis shares still carries this one.
+        sides = used or [max(topology.sides)]
+        links = sum(2 if _is_ring(side, topology) else 1 for side in sides)
+        bandwidths[axis] = links * chip.link_bytes_per_second
+    return bandwidths
+
+
+def _is_ring(side: int, topology: Topology) -> bool:
+    return side % topology.chip.wraps_at == 0
+
+
+def _others(ways: int) -> float:
+    """The share of an array that lies on the other devices of an axis."""
+    return (ways - 1) / ways
+
+
+def _tensor(config: ModelConfig, layout: Layout, tokens: float, passes: int) -> float:
+    """Sums of the outputs of attention and SwiGLU over the devices that share a layer."""
+    size = jnp.dtype(config.compute_dtype).itemsize
+    once = 2 * config.num_layers * tokens * config.hidden_size * size
+    return passes * 2 * _others(layout.tensor) * once
+
+
+def _sequences(run: Run) -> float:
+    layout = run.layout
+    return run.prompts.tokens.shape[0] * run.row.candidates / (layout.data * layout.fsdp)

@@ -1,0 +1,237 @@
+"""`paxo plan`: the figures of a run on a topology, as one record that JSON can hold."""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import jax
+
+from paxo.experiment import Experiment
+from paxo.models.config import ModelConfig
+from paxo.overrides import SettingsError
+from paxo.plan.chips import TPUS
+from paxo.plan.compiled import Compiled, compile_programs
+from paxo.plan.estimate import SPARE, Estimate, estimate
+from paxo.plan.search import estimates, fastest_sampler, fitting, smallest
+from paxo.plan.shapes import Layout, Run, first_layout, make_run, model_config, relaid
+from paxo.plan.topology import Topology, parse_topology
+
+logger = logging.getLogger(__name__)
+
+# So many times a device's memory, by the estimate: to compile it would only cost minutes.
+HOPELESS = 1.5
+# Layouts of the search that are shown.
+BEST = 3
+
+
+def plan(
+    settings: Experiment, topology: str, *, model: str | None = None, compiled: int = 3
+) -> dict[str, Any]:
+    """What a run needs and takes on a topology.
+
+    Args:
+        settings: of the experiment.
+        topology: such as "v5e:16x16", or a kind of TPU alone: its smallest slice that holds the
+            run is then found.
+        model: name of a known shape that replaces the settings' model.
+        compiled: layouts of the search that are compiled beside the run's own, of the best 3; with
+            0 nothing is, and all figures are analytic.
+
+    Returns:
+        Nested dicts of names, numbers, texts and None, as plan.json holds them. Bytes are of one
+        device, seconds of a program; see `paxo.plan.page` for what they mean.
+
+    Raises:
+        SettingsError: for a topology, model or mesh that cannot be.
+    """
+    if not isinstance(settings, Experiment):
+        raise SettingsError(
+            f"paxo plan reads a paxo.Experiment; this file's settings are "
+            f"{type(settings).__name__}: plan a file with the same model and objective, whose page "
+            "tells what an online round costs"
+        )
+    config = model_config(settings, model)
+    if topology in TPUS:
+        return _smallest(settings, config, topology, model, compiled)
+    place = parse_topology(topology)
+    run = make_run(settings, config, first_layout(settings, config, place.num_devices))
+    return _planned(run, place, model, compiled)
+
+
+def _smallest(
+    settings: Experiment, config: ModelConfig, kind: str, model: str | None, compiled: int
+) -> dict[str, Any]:
+    """The plan of the smallest slice that holds the run, by the compiler if it is asked."""
+    too_small = []
+    for topology, found in smallest(settings, config, kind):
+        for layout in found:
+            made = _planned(make_run(settings, config, layout), topology, model, compiled)
+            if made["fits"]:
+                return made | {"smallest": {"of": kind, "too_small": too_small}}
+        too_small.append(topology.name)
+    raise SettingsError(
+        f"no slice of {kind} holds this run; fewer rows (train.rows_per_batch) or a smaller "
+        "optimiser (optimizer.moments_dtype=bfloat16) need less"
+    )
+
+
+def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> dict[str, Any]:
+    own = estimate(run, topology)
+    programs = _compiled(run, own, topology) if compiled else {}
+    others = estimates(run, topology)
+    best = fitting(others, topology)[:BEST]
+    searched = [
+        _searched(run, found, topology, programs, number < compiled)
+        for number, found in enumerate(best)
+    ]
+    spare = _spare(own, programs, topology)
+    seconds = run.settings.train.num_steps * own.scored_step
+    hours = seconds / 3600
+    return {
+        "topology": _topology(topology),
+        "model": {
+            "name": model or run.settings.model.path or "the model of the settings",
+            "parameters": _count(run.params),
+            "trained": _count(run.state.params),
+            "shape": dataclasses.asdict(run.config),
+        },
+        "objective": run.settings.objective.name,
+        "layout": _layout(run.layout),
+        "assumptions": _assumptions(run),
+        "memory": {
+            "bytes": own.memory.by_category(),
+            "peak": own.memory.peak(),
+            "sampling_peak": own.memory.sampling_peak(),
+            "spare": own.spare(topology),
+        },
+        "compiled": {name: _program(program) for name, program in programs.items()},
+        "compiled_because": _why(programs, compiled, topology),
+        "fits": spare >= SPARE,
+        "spare": spare,
+        "flops": {
+            "step": own.flops,
+            "useful": own.useful_flops,
+            "step_per_device": own.flops / topology.num_devices,
+        },
+        "collective_bytes": {name: dict(getattr(own.traffic, name)) for name in ("step", "scorer")},
+        "time": {
+            "step": own.step._asdict() | {"bound": own.step.bound},
+            "scorer": own.scorer._asdict() | {"bound": own.scorer.bound},
+            "limited_by": own.step.limited_by,
+            "scored_step": own.scored_step,
+            "mfu_bound": own.mfu(topology),
+            "tokens_per_second": own.tokens_per_second,
+            "steps": run.settings.train.num_steps,
+            "run_seconds": seconds,
+            "chip_hours": hours * topology.num_chips,
+        },
+        "round": {
+            "prompts": run.prompts.tokens.shape[0],
+            "candidates": run.row.candidates,
+            "sampling": own.sampler.bound,
+            "scoring": own.references * own.scorer.bound,
+            "step": own.step.bound,
+            "seconds": own.round_seconds,
+            "chip_hours": own.round_seconds / 3600 * topology.num_chips,
+            "fastest_sampling": _fastest_sampling(others, topology),
+        },
+        "search": searched,
+    }
+
+
+def _compiled(run: Run, own: Estimate, topology: Topology) -> dict[str, Compiled]:
+    if not topology.compiles:
+        return {}
+    if own.memory.peak() > HOPELESS * topology.chip.hbm_bytes:
+        logger.info("not compiled: the estimate alone is %.0f times the memory", own.memory.peak()
+                    / topology.chip.hbm_bytes)  # fmt: skip
+        return {}
+    return compile_programs(run, topology)
+
+
+def _searched(
+    run: Run,
+    found: Estimate,
+    topology: Topology,
+    programs: dict[str, Compiled],
+    compiled: bool,
+) -> dict[str, Any]:
+    """A layout of the search; its step is compiled unless it is the run's own."""
+    if found.layout != run.layout:
+        other = relaid(run, found.layout)
+        make = compiled and topology.compiles
+        programs = compile_programs(other, topology, ("step",)) if make else {}
+    spare = _spare(found, programs, topology)
+    return {
+        "layout": _layout(found.layout),
+        "scored_step": found.scored_step,
+        "tokens_per_second": found.tokens_per_second,
+        "mfu_bound": found.mfu(topology),
+        "estimated_spare": found.spare(topology),
+        "compiled": {name: _program(program) for name, program in programs.items()},
+        "fits": spare >= SPARE,
+        "spare": spare,
+    }
+
+
+def _fastest_sampling(found: list[Estimate], topology: Topology) -> dict[str, Any] | None:
+    best = fastest_sampler(found, topology)
+    return None if best is None else {
+        "mesh": best.layout.mesh_shape, "seconds": best.sampler.bound
+    }  # fmt: skip
+
+
+def _spare(own: Estimate, programs: dict[str, Compiled], topology: Topology) -> float:
+    """What is left in training: by the compiler where it was asked, else by the estimate."""
+    peaks = [programs[name].peak for name in ("step", "scorer") if name in programs]
+    return 1 - max(peaks) / topology.chip.hbm_bytes if peaks else own.spare(topology)
+
+
+def _why(programs: dict[str, Compiled], compiled: int, topology: Topology) -> str:
+    if programs:
+        return "Programs were compiled for these devices"
+    if not compiled:
+        return "Nothing was to be compiled: all figures are analytic"
+    if not topology.compiles:
+        return "No program can be compiled for a GPU that is not here: all figures are analytic"
+    return "Nothing was compiled: by the estimate the run is far from fitting"
+
+
+def _topology(topology: Topology) -> dict[str, Any]:
+    chip = topology.chip
+    return {
+        "name": topology.name,
+        "platform": topology.platform,
+        "devices": topology.num_devices,
+        "chips": topology.num_chips,
+        "hbm_bytes": chip.hbm_bytes,
+        "peak_flops": chip.peak_flops,
+        "hbm_bytes_per_second": chip.hbm_bytes_per_second,
+        "link_bytes_per_second": chip.link_bytes_per_second,
+        "figures": chip.figures,
+    }
+
+
+def _layout(layout: Layout) -> dict[str, Any]:
+    return dataclasses.asdict(layout) | {"flags": layout.flags()}
+
+
+def _assumptions(run: Run) -> dict[str, float]:
+    return run.lengths._asdict() | {
+        "candidates": run.row.candidates,
+        "scored_slots": run.row.slots,
+        "groups_per_row": run.groups,
+    }
+
+
+def _program(program: Compiled) -> dict[str, Any]:
+    values = dataclasses.asdict(program) | {"peak": program.peak}
+    # JSON has no nan: what the compiler does not count is null.
+    return {
+        name: None if isinstance(x, float) and math.isnan(x) else x for name, x in values.items()
+    }
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

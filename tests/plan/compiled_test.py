@@ -1,0 +1,87 @@
+"""A run's own programs: what the compiler says of them, and how far the estimates agree."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from paxo.models.sharding import make_mesh
+from paxo.plan import compiled
+from paxo.plan.estimate import work_of
+from paxo.plan.flops import scorer_flops, step_flops
+from paxo.plan.memory import memory_of
+from tests.plan.planned import made_run, made_settings, made_topology
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """Step and scorer of a small run with unrolled layers, so that every loop has one turn."""
+    run = made_run(made_settings(remat="full"))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    lower = {"step": compiled.lower_step, "scorer": compiled.lower_scorer}
+    return run, {name: function(run, mesh).compile() for name, function in lower.items()}
+
+
+@pytest.mark.parametrize(("name", "flops"), [("step", step_flops), ("scorer", scorer_flops)])
+def test_operations_are_those_that_the_compiler_counts(programs, name, flops):
+    run, made = programs
+    counted = made[name].cost_analysis()["flops"]
+    np.testing.assert_allclose(flops(run.config, work_of(run, "cpu")), counted, rtol=0.05)
+
+
+def test_bytes_between_programs_are_those_of_the_compiled_arguments(programs):
+    run, made = programs
+    memory = memory_of(run, "cpu")
+    batch = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(run.batch))
+    kept = memory.resident["parameters"] + memory.resident["moments"]
+    arguments = made["step"].memory_analysis().argument_size_in_bytes
+    assert abs(arguments - (kept + batch)) < 1024  # step number, key, alignment
+    # The scorer reads the tokens, not the labels.
+    arguments = made["scorer"].memory_analysis().argument_size_in_bytes
+    assert 0 <= memory.resident["reference"] + batch - arguments < batch
+
+
+def test_a_scorer_lies_beside_the_state_of_the_training():
+    here = len(jax.local_devices(backend="cpu"))
+    topology = made_topology(here, platform="cpu")
+    run = made_run(made_settings(remat="full", rows=4 * here, mesh=(here, 1, 1)))
+    found = compiled.compile_programs(run, topology, ("scorer",))["scorer"]
+    resident = memory_of(run, "cpu").resident
+    # The other frozen policies and the training state, down to the step's number and the key.
+    assert 0 <= found.beside - resident["parameters"] - resident["moments"] <= 64
+    assert found.peak == found.arguments + found.temporaries + found.outputs + found.beside
+    assert found.temporaries > 0
+    assert found.failure is None
+
+
+def test_the_sampler_is_lowered_for_the_prompts_of_a_round():
+    run = made_run()
+    mesh = make_mesh(devices=jax.devices()[:1])
+    text = compiled.lower_sampler(run, mesh).as_text()
+    prompts, longest = run.prompts.tokens.shape
+    assert f"tensor<{prompts}x{longest}xi32>" in text
+    assert f"tensor<{prompts}x2x32xi32>" in text  # two candidates of at most 32 tokens
+
+
+def test_a_program_that_does_not_fit_is_a_figure_and_not_an_error():
+    class TooLarge:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G "
+                "hbm. Exceeded hbm capacity by 2.75G."
+            )
+
+    found = compiled._compiled("step", TooLarge, beside=2.0**30)
+    assert found.failure == "Used 18.50G of 15.75G hbm"
+    assert found.peak == 19.5 * 2**30
+    assert math.isnan(found.flops)
+
+
+def test_other_errors_of_the_compiler_are_not_hidden():
+    class Broken:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compiled._compiled("step", Broken, beside=0.0)

@@ -1,0 +1,77 @@
+"""Published models on pods of TPUs that are not here, compiled whole: minutes each."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import pytest
+
+from paxo.experiment import load, settings_of
+from paxo.plan import planning
+from paxo.plan.compiled import compile_programs
+from paxo.plan.estimate import SPARE, estimate
+from paxo.plan.shapes import first_layout, make_run, model_config
+from paxo.plan.topology import parse_topology
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+]
+
+FILE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "dpo_hh.py"
+# Full-parameter DPO: float32 weights, moments and reference, products in bfloat16.
+FULL = (
+    *("model.compute_dtype=bfloat16", "model.remat=full", "data.row_length=4096"),
+    *("train.rows_per_batch=256", "mesh.data=1", "mesh.fsdp=-1"),
+)
+MINUTES = 5 * 60  # of compilation on two cores
+
+
+def settings(*changes):
+    return settings_of(load(FILE), [*FULL, *changes])
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
+def test_8b_fits_with_a_tenth_to_spare(topology):
+    made = planning.plan(settings(), topology, model="llama3-8b", compiled=1)
+    assert made["model"]["trained"] == 8_030_261_248
+    assert made["layout"]["row_length"] == 4096
+    assert {*made["compiled"]} == {"step", "scorer", "sampler"}
+    assert made["spare"] >= SPARE
+    assert made["fits"]
+    for program in made["compiled"].values():
+        assert program["failure"] is None
+        assert program["seconds"] < MINUTES
+    # What training and sampling keep between programs is exact, so the arguments are.
+    kept = sum(made["memory"]["bytes"][name] for name in ("parameters", "moments"))
+    assert made["compiled"]["step"]["arguments"] == pytest.approx(kept, rel=0.05)
+    assert made["memory"]["peak"] == pytest.approx(made["compiled"]["step"]["peak"], rel=0.3)
+
+
+def test_the_smallest_v5p_slice_that_holds_70b_is_found_and_named():
+    changes = ("train.rows_per_batch=64",)
+    made = planning.plan(settings(*changes), "v5p", model="llama3-70b", compiled=1)
+    assert made["fits"]
+    assert made["spare"] >= SPARE
+    assert made["smallest"]["of"] == "v5p"
+    # Half of it: 16 chips hold neither two sums of gradients beside weights, moments and reference,
+    # as microbatches need, nor the inputs of all layers for 64 rows at once.
+    room = 16 * (1 - SPARE) * made["topology"]["hbm_bytes"]
+    parameters, inputs = 70_553_706_496, 80 * 64 * 4096 * 8192 * 2
+    assert parameters * (4 + 8 + 8 + 4) > room
+    assert parameters * (4 + 8 + 4 + 4) + inputs > room
+    assert made["topology"]["name"] == "v5p:2x4x4"
+    assert made["compiled"]["step"]["seconds"] < MINUTES
+
+
+def test_what_does_not_fit_is_said_by_the_compiler():
+    run_settings = settings("train.rows_per_batch=64")
+    config = model_config(run_settings, "llama3-8b")
+    config = dataclasses.replace(config, num_layers=4)
+    topology = parse_topology("v5e:2x2")
+    run = make_run(run_settings, config, first_layout(run_settings, config, 4))
+    assert estimate(run, topology).spare(topology) < 0
+    found = compile_programs(run, topology, ("step",))["step"]
+    assert found.failure is not None
+    assert "hbm" in found.failure
+    assert found.peak > topology.chip.hbm_bytes
