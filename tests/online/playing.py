@@ -1,5 +1,7 @@
 """Self-play on games as one-token language models: small, fast, and the answer is known."""
 
+import functools
+import json
 import pathlib
 
 import jax
@@ -20,9 +22,18 @@ from paxo.online.drawing import padded_size
 from paxo.sampling import SamplingConfig
 
 
+@functools.cache  # one game, one policy: all tests share the programs of its sampler and scorer
 def a_game(num_actions=4, beta=0.5):
     """A game that is no Bradley-Terry game, with a reference that is not uniform."""
     return builders.numpy_game(3, num_actions, beta=beta, num_games=1)[0]
+
+
+@functools.cache
+def policy_of(game):
+    """The table of a game's logits with a value head, and its first parameters."""
+    policy = with_heads(table_policy(game), 1, ["values"])
+    params = policy.init(jax.random.key(0))
+    return policy, params | {"heads": init_heads(jax.random.key(1), 1, ["values"])}
 
 
 def judge_of(game):
@@ -36,6 +47,19 @@ def reward_of(game):
     """A reward of each action."""
     values = np.asarray(game.preferences).mean(1)
     return lambda prompts, rows: np.array([[values[c[0]] for c in row] for row in rows])
+
+
+def judges_of(game, **changes):
+    """All that any method asks for."""
+    reward = reward_of(game)
+    low, high = np.quantile(np.asarray(game.preferences).mean(1), [0, 1])
+    rewards = {
+        "reward": reward,
+        "points": lambda p, rows: 6 * (reward(p, rows) - low) / (high - low),
+        "passed": lambda p, rows: (reward(p, rows) > (low + high) / 2).astype(float),
+        "constraints": lambda p, rows: np.stack([reward(p, rows), -reward(p, rows)], -1),
+    }
+    return Judges(**{"judge": judge_of(game), "rewards": rewards} | changes)
 
 
 def prompts_for(game, num, completions=0):
@@ -60,20 +84,9 @@ def packer(size, length=64):
 
 def play_game(game, method, workdir, *, rounds=2, prompts=16, optimizer=None, **given):
     """Plays, with all judges and rewards that any method asks for."""
-    policy = with_heads(table_policy(game), 1, ["values"])
-    params = policy.init(jax.random.key(0))
-    params = params | {"heads": init_heads(jax.random.key(1), 1, ["values"])}
+    policy, params = policy_of(game)
     mesh = make_mesh(1, devices=jax.devices()[:1])
-    reward = reward_of(game)
-    judges = given.pop("judges", None) or Judges(
-        judge=judge_of(game),
-        rewards={
-            "reward": reward,
-            "points": lambda p, rows: 6 * reward(p, rows),
-            "passed": lambda p, rows: (reward(p, rows) > 0.4).astype(float),
-            "constraints": lambda p, rows: np.stack([reward(p, rows), -reward(p, rows)], -1),
-        },
-    )
+    judges = given.pop("judges", None) or judges_of(game)
     settings = given.pop("settings", None) or RoundSettings(rounds, prompts_per_round=prompts)
     drawer = Drawer(
         policy, SamplingConfig(1), stop_ids(game), batch_size=settings.prompts_per_round
@@ -93,3 +106,33 @@ def play_game(game, method, workdir, *, rounds=2, prompts=16, optimizer=None, **
         workdir=pathlib.Path(workdir),
         **given,
     )
+
+
+def logits_of(result):
+    """`[N]` of the policy after the last round, with mean 0."""
+    logits = np.asarray(result.state.params["logits"], np.float64)[0]
+    return logits - logits.mean()
+
+
+def probabilities(logits):
+    """Softmax."""
+    weights = np.exp(logits - np.max(logits))
+    return weights / weights.sum()
+
+
+def rows_of(workdir, name):
+    """What a round was trained on, as it lies in its file."""
+    lines = (pathlib.Path(workdir) / "rounds" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+class Snapshots:
+    """An `evaluate` that keeps each round's logits before and after it."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    def __call__(self, params, last, number):
+        self.before.append(np.array(last["logits"][0], np.float64))
+        self.after.append(np.array(params["logits"][0], np.float64))
+        return {}
