@@ -28,7 +28,7 @@ def names(schedule: Schedule) -> tuple[str, ...]:
 
 
 def reference(schedule: Schedule, anchors: Mapping[str, Params], first: Params) -> Params:
-    """The reference of a round; `first` is the policy that training started from."""
+    """The reference of a round; `first` is that of the first round."""
     if schedule.reference == "snapshot":
         return anchors["snapshot"]
     return anchors.get("reference", first)

@@ -12,7 +12,8 @@ from paxo.types import Judge
 Reward = Callable[[Sequence[Any], Sequence[Sequence[Any]]], Any]
 """`(prompts, completions) -> [B, N]`, or `[B, N, n]` where a name stands for several rewards."""
 
-FIRST_AGAINST_SECOND = np.array([[False, True], [False, False]])
+# Both orders of a pair are wanted, though one is read: that they fit is then checked.
+FIRST_AGAINST_SECOND = ~np.eye(2, dtype=bool)
 
 
 class Bench:
@@ -98,10 +99,9 @@ class Bench:
         """`[B, N, N]` with at least these comparisons; asked once, in whichever order."""
         wanted = np.zeros_like(self._asked[0])
         wanted[np.ix_(list(rows), list(columns))] = True
-        new = wanted & ~self._asked.all(0)
-        if new.any():
-            answer = np.asarray(self._judge(*self.shown, wanted=new), np.float64)
-            pairs = new | new.T
+        pairs = (wanted | wanted.T) & ~self._asked.all(0)
+        if pairs.any():
+            answer = np.asarray(self._judge(*self.shown, wanted=pairs), np.float64)
             self._known = np.where(pairs, answer, self._known)
             self.counts["comparisons"] += int((np.triu(pairs, 1) & ~self._asked).sum())
             self._asked |= pairs

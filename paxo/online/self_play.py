@@ -98,7 +98,8 @@ def play(
         param_shardings: where each parameter lies on it.
         workdir: its folder `rounds` holds what each round was trained on.
         microbatches: parts of a step.
-        frozen: role -> parameters of further frozen policies ("dpo" for RTO).
+        frozen: role -> parameters of further frozen policies ("dpo" for RTO); "reference" is the
+            first reference, where it is not the policy that training starts from.
         evaluate: `(params, snapshot's params, round) -> figures` after a round.
         checkpointer: keeps state and anchors.
         make_writer: `(step, round) -> writer` of metrics of a run that goes on from there: so many
@@ -132,6 +133,7 @@ def play(
         microbatches=microbatches,
         frozen=frozen,
         first=snapshot(params),
+        reference=snapshot(frozen.get("reference", params)),
     )
     state, anchors, place = run.start(checkpointer)
     writer = None if make_writer is None else make_writer(int(state.step), place.round)
@@ -195,6 +197,7 @@ class _Run:
     microbatches: int
     frozen: dict[str, Params]
     first: Params
+    reference: Params
 
     def __post_init__(self):
         self.schedule = self.method.schedule
@@ -227,7 +230,8 @@ class _Run:
                 return TrainState(**saved), anchors, _Place(position["round"], position["step"])
         make = jax.jit(self._make, out_shardings=self.shardings)
         state = make(snapshot(self.first), self._state_key)
-        return state, {name: snapshot(self.first) for name in names}, _Place(0, 0)
+        own = {"reference": self.reference}
+        return state, {n: snapshot(own.get(n, self.first)) for n in names}, _Place(0, 0)
 
     # --- a round ---
 
@@ -319,8 +323,8 @@ class _Run:
         return self.files.kept(name, draw)
 
     def _policies(self, anchors: Anchors) -> dict[str, Params]:
-        first = anchoring.reference(self.schedule, anchors, self.first)
-        named = {"policy": anchors["snapshot"], "reference": first}
+        reference = anchoring.reference(self.schedule, anchors, self.reference)
+        named = {"policy": anchors["snapshot"], "reference": reference}
         return named | ({"average": anchors["average"]} if "average" in anchors else {})
 
     def _prompts(self, number: int) -> list[Prompt]:
@@ -351,8 +355,8 @@ class _Run:
     def _frozen(self, role: str, anchors: Anchors) -> Params:
         if role == "previous":
             return anchors.get("anchor", anchors["snapshot"])
-        if role == "reference" and role not in self.frozen:
-            return anchoring.reference(self.schedule, anchors, self.first)
+        if role == "reference":
+            return anchoring.reference(self.schedule, anchors, self.reference)
         return self.frozen[role]
 
     # --- the step ---

@@ -101,7 +101,7 @@ class SelfReward:
 
         def reward(prompts: Sequence[Any], completions: Sequence[Sequence[Any]]) -> np.ndarray:
             asked = [
-                self.template.replace("{prompt}", str(prompt)).replace("{completion}", str(text))
+                self._question(str(prompt), str(text))
                 for prompt, row in zip(prompts, completions)
                 for text in row
             ]
@@ -114,6 +114,10 @@ class SelfReward:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Sequence[Any]]) -> Any:
         """Raises TypeError: without a policy there is nobody to judge."""
         raise TypeError("SelfReward judges with a policy: call of_policy(params, key) first")
+
+    def _question(self, prompt: str, completion: str) -> str:
+        texts = {"{prompt}": prompt, "{completion}": completion}  # which may hold braces themselves
+        return re.sub(r"\{prompt\}|\{completion\}", lambda found: texts[found[0]], self.template)
 
     def _points(self, asked: Sequence[str], params: Params, key: Array) -> np.ndarray:
         """`[N]` mean points of each question."""
