@@ -115,6 +115,8 @@ def fit(
             scores = None
             if evaluate is not None and ((whole and last) or _falls_on(number, evaluate_every)):
                 scores = report.evaluation(number, evaluate, state)
+            if last:  # a signal that comes while this step runs must be seen
+                report.fetch()
             stopped = stop.requested(number)
             if checkpointer is not None and (
                 stopped
