@@ -17,7 +17,10 @@ ROWS = (
     ({"losses"},),
     ({"objectives", "metrics"}, {"models"}, {"data"}, {"judges"}),
     (
-        {"scoring", "logp_store", "chunked_head", "head_outputs", "reward_scoring"},
+        {
+            *("scoring", "logp_store", "chunked_head", "vocabulary_head", "head_outputs"),
+            "reward_scoring",
+        },
         {"sampling"},
         {"games"},
     ),
@@ -26,7 +29,7 @@ ROWS = (
     (
         {
             *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli", "rounds"),
-            *("overrides", "provenance", "distributed"),
+            *("overrides", "provenance", "distributed", "clusters"),
         },
     ),
 )

@@ -85,6 +85,7 @@ def make_policy(config: ModelConfig) -> Policy:
             prepare=functools.partial(_prepare, config),
             select=_select,
         ),
+        unembed_by_token=_embeddings if config.tie_embeddings else None,
         max_positions=config.max_positions,
     )
 
@@ -177,6 +178,10 @@ def _unembed(config: ModelConfig, params: Params) -> Array:
     if config.tie_embeddings:
         return params["embed"]["embedding"].T
     return params["head"]["kernel"]
+
+
+def _embeddings(params: Params) -> Array:
+    return params["embed"]["embedding"]
 
 
 def _head(config: ModelConfig, params: Params, hidden: Array) -> Array:
