@@ -40,6 +40,9 @@ def parts(policy: Policy, params: Params, batch: PreferenceBatch, devices: int) 
     if slots * head.vocabulary > most:
         return None
     own = rows // devices
+    if devices > 1:
+        # Each part would add up the head's gradient over the devices: one part, or another way.
+        return 1 if own * slots * head.vocabulary <= most else None
     wanted = min(-(-scoring.chunk_tokens(head.vocabulary) // slots), own)
     while own % wanted or wanted * slots * head.vocabulary > most:
         wanted -= 1
