@@ -1,10 +1,26 @@
-"""Plots of gaps against iterations."""
+"""Figures of methods against iterations: as a picture, and as one table for `results.json`."""
 
+import itertools
 import os
 from collections.abc import Mapping
 
 # title -> method -> iteration -> figure
 Tables = Mapping[str, Mapping[str, Mapping[int, float]]]
+STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")  # lines that lie on one another stay apart
+FEW = 40  # points that are marked one by one
+
+
+def by_method(tables: Tables) -> dict[str, dict[int, float]]:
+    """Method -> iteration -> figure, the title of its table beside a method's name.
+
+    >>> by_method({"beta 0.1": {"egpo": {0: 0.5}}, "beta 1": {"egpo": {0: 0.25}}})
+    {'egpo, beta 0.1': {0: 0.5}, 'egpo, beta 1': {0: 0.25}}
+    """
+    return {
+        f"{method}, {title}": dict(points)
+        for title, methods in tables.items()
+        for method, points in methods.items()
+    }
 
 
 def plot_tables(
@@ -30,9 +46,11 @@ def plot_tables(
     for axes, (title, methods) in zip(
         figure.subplots(1, len(tables), squeeze=False)[0], tables.items()
     ):
-        for name, points in methods.items():
+        for (name, points), style in zip(methods.items(), itertools.cycle(STYLES)):
             values = [max(v, floor) if log_y else v for v in points.values()]
-            axes.plot([int(t) for t in points], values, label=name, marker=".", markersize=3)
+            marker = "." if len(points) <= FEW else ""
+            at = [int(t) for t in points]
+            axes.plot(at, values, linestyle=style, label=name, marker=marker, markersize=3)
         axes.set_xscale("symlog", linthresh=10)
         axes.set_yscale("log" if log_y else "linear")
         axes.set_title(title)
