@@ -167,14 +167,14 @@ def test_sampled_judged_steps_are_the_exact_mirror_step_in_expectation(played):
     game, round_, first = played
     before = first.params["logits"]
     moved = np.stack(
-        [round_(first, first.params, k).params["logits"] for k in jax.random.split(KEY, 24)]
+        [round_(first, first.params, k).params["logits"] for k in jax.random.split(KEY, 16)]
     )
     exactly = exact.mirror_step(game, before[0], eta=0.5) - before[0]
     found = (moved - before)[:, 0]
     found, exactly = (x - x.mean(-1, keepdims=True) for x in (found, exactly))
     error = found.std(0, ddof=1) / np.sqrt(len(found))
     assert (np.abs(found.mean(0) - exactly) < 4 * error).all()
-    assert (error < 0.02 * np.abs(exactly).max()).all()  # small enough to tell
+    assert (error < 0.03 * np.abs(exactly).max()).all()  # small enough to tell
 
 
 def test_a_game_is_played_by_sampler_judge_and_steps_to_its_nash_policy(played):

@@ -78,8 +78,8 @@ def test_bradley_terry_rewards_tilt_the_nash_policy_towards_them():
 
 
 def test_random_games_are_reproducible_and_batched():
-    game = builders.random_game(jax.random.key(3), 6, beta=0.1, batch_shape=(2, 4))
-    again = builders.random_game(jax.random.key(3), 6, beta=0.1, batch_shape=(2, 4))
+    make = jax.jit(lambda key: builders.random_game(key, 6, beta=0.1, batch_shape=(2, 4)))
+    game, again = make(jax.random.key(3)), make(jax.random.key(3))
     assert game.batch_shape == (2, 4)
     np.testing.assert_array_equal(game.preferences, again.preferences)
     assert 0.4 < float(jnp.tril(game.preferences, -1).sum() / (8 * 15)) < 0.6

@@ -1,7 +1,7 @@
 """The published tables of methods on EGPO's ten games, cell by cell, and its rates.
 
 Cells marked `~` hang on the last bit of float64: `test_some_cells_hang_on_the_last_bit` shows that
-two right ways to compute them disagree. They are held to 15 %, and to what they say.
+two right ways to compute them disagree. They are held to 25 %, and to what they say.
 """
 
 import jax
@@ -159,7 +159,10 @@ def test_some_cells_hang_on_the_last_bit():
     # INPO's eta = 3 tau: at 0.01 it cycles, and what rounding adds grows from 1e-16 to several per
     # cent within 1,000 rounds; at 0.1, where it is stable, the same two forms agree for good.
     other = Update(logits_form)
-    for beta, at, agree in ((0.01, (100, 1000, 2000, 5000), False), (0.1, (10, 50, 100), True)):
+    for beta, at, agree in (
+        (0.01, (100, 1000, 1500, 2000, 3000, 4000, 5000), False),
+        (0.1, (10, 50, 100), True),
+    ):
         eta = 1 / (3 * beta)
         sizes = jnp.stack([jnp.full(100_000, eta), jnp.zeros(100_000)])
         first = mirror_gaps(golden(beta), at, eta=eta)

@@ -28,6 +28,7 @@ from paxo.games.updates import (
 from paxo.objectives import objective
 from tests.games.playing import close, gaps, golden, method_gaps, mirror_gaps
 
+KEY = jax.random.key(0)
 with jax.enable_x64(True):
     GAMES = builders.numpy_game(3, 6, beta=0.3, num_games=4)
     POLICIES = jnp.asarray(np.random.default_rng(0).standard_normal((4, 6)))
@@ -36,9 +37,15 @@ with jax.enable_x64(True):
 def step(update, logits=POLICIES, game=GAMES, t=0, memory=None):
     """Log-probs after one update."""
     memory = update.init(logits, game) if memory is None else memory
-    run = jax.jit(lambda x, memory: update.step(x, game, t, jax.random.key(0), memory))
+    run = jax.jit(lambda x, memory: update.step(x, game, t, KEY, memory))
     moved, memory = run(logits, memory)
     return jax.nn.log_softmax(moved), memory
+
+
+def stepper(make, game=GAMES):
+    """`(eta, t) -> log-probs` after one round of `make(eta)`: one program for all."""
+    run = jax.jit(lambda eta, t: make(eta).step(POLICIES, game, t, KEY, ())[0])
+    return lambda eta, t=0: jax.nn.log_softmax(run(eta, t))
 
 
 # T7. The losses' own gradients and minimisers are the closed forms.
@@ -85,10 +92,10 @@ def test_nash_md_pg_follows_the_policy_gradient_against_the_mixture():
 
 
 def test_an_inpo_round_is_a_mirror_step_of_the_inverse_of_its_eta():
-    close(step(inpo(eta=0.9))[0], exact.mirror_step(GAMES, POLICIES, eta=1 / 0.9), 1e-11)
-    schedule = lambda t: 0.3 * (t + 2) / 2  # noqa: E731
-    expected = exact.mirror_step(GAMES, POLICIES, eta=1 / schedule(3))
-    close(step(inpo(eta=schedule), t=3)[0], expected, 1e-11)
+    run = stepper(lambda eta: inpo(eta=lambda t: eta * (t + 2) / 2))
+    for eta, t in ((0.9, 0), (0.3, 3)):
+        expected = exact.mirror_step(GAMES, POLICIES, eta=2 / (eta * (t + 2)))
+        close(run(eta, t), expected, 1e-11)
 
 
 def test_a_dno_round_is_multiplicative_weights_of_the_inverse_of_its_eta():
@@ -99,9 +106,9 @@ def test_a_dno_round_is_multiplicative_weights_of_the_inverse_of_its_eta():
 
 def test_an_sppo_round_is_nearly_multiplicative_weights_for_small_steps_only():
     game = GAMES.replace(beta=0.0)
-    distance = []
+    distance, run = [], stepper(lambda eta: sppo(eta=eta), game)
     for eta in (0.1, 1.0):
-        p = np.exp(step(sppo(eta=eta), game=game)[0])
+        p = np.exp(run(eta))
         q = np.exp(exact.mirror_step(game, POLICIES, eta=eta))
         distance.append(np.abs(p - q).sum(-1).max() / 2)
     # Published for one game of ten actions: 3.6e-7 and 3.4e-4, that is eta cubed.
@@ -195,8 +202,9 @@ def test_a_neural_policy_is_trained_through_its_parameters():
 
     start = params
     plain = online_ipo_v1(rate=0.02, policy=policy)
-    moved, _ = jax.jit(lambda x: plain.step(x, game, 0, jax.random.key(0), ()))(params)
-    slope = jax.jit(jax.grad(loss))(params)
+    moved, slope = jax.jit(lambda x: (plain.step(x, game, 0, KEY, ())[0], jax.grad(loss)(x)))(
+        params
+    )
     expected = jax.tree.map(lambda x, g: x - 0.02 * g, params, slope)
     jax.tree.map(close, moved, expected)
 
