@@ -75,7 +75,7 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         print(f"at rest     {method:32s} regret {regret:.6f}")
     at_rest = {"exact steps of 0.5": {m: {RESTING_STEPS: x} for m, x in resting.items()}}
     write_results(workdir / "results.json", by_method(tables | at_rest))
-    plot_tables(workdir / "regret.png", tables, ylabel="regret", floor=1e-6)
+    plot_tables(workdir / "regret.png", tables, xlabel="epoch", ylabel="regret", floor=1e-6)
 
 
 def loss_of(method: str, logps: jax.Array, reference: jax.Array, rewards: jax.Array, value):

@@ -27,6 +27,7 @@ def plot_tables(
     path: str | os.PathLike[str],
     tables: Tables,
     *,
+    xlabel: str = "iteration",
     ylabel: str = "mean duality gap",
     log_y: bool = True,
     floor: float = 1e-14,
@@ -36,6 +37,7 @@ def plot_tables(
     Args:
         path: of the picture.
         tables: title -> method -> iteration -> figure.
+        xlabel: what is counted.
         ylabel: what the figures are.
         log_y: logarithmic figures; smaller ones than `floor` are drawn there.
         floor: see `log_y`.
@@ -54,7 +56,7 @@ def plot_tables(
         axes.set_xscale("symlog", linthresh=10)
         axes.set_yscale("log" if log_y else "linear")
         axes.set_title(title)
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
