@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from paxo.data.limits import TokenLimits
 from paxo.data.records import EXTRA_AXES
-from paxo.models.config import Float, ModelConfig, Remat
+from paxo.models.config import Float, LoraSettings, ModelConfig, Remat
 from paxo.models.heads import head_widths
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError, apply_overrides
@@ -37,6 +37,8 @@ class ModelSettings:
         unroll: whether the scan over layers is unrolled; None decides by size.
         heads: extra outputs besides those that the objective cannot do without, or widths of these,
             as in `embeddings:8` (see `paxo.models.heads`).
+        lora: adapters that are trained in place of the model's own weights; None trains these. One
+            of its settings is enough to switch it on: `--set model.lora.rank=16`.
     """
 
     path: str | None = None
@@ -48,6 +50,7 @@ class ModelSettings:
     remat: Remat = "none"
     unroll: bool | None = None
     heads: tuple[str, ...] = ()
+    lora: LoraSettings | None = None
 
     def __post_init__(self):
         head_widths(self.heads)

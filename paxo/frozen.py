@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from paxo.experiment import Experiment, ReferenceSettings
 from paxo.loading import Model, load_model
 from paxo.logp_store import LogpStore
+from paxo.models.policy import make_policy
 from paxo.objectives import HIDDEN_ROLE, Objective
 from paxo.overrides import SettingsError
 from paxo.scoring import FixedScorer, StoredScorer, attach_logps, make_scorer
@@ -20,9 +21,12 @@ logger = logging.getLogger(__name__)
 
 
 def frozen_scorers(
-    settings: Experiment, model: Model, first: Params, mesh: Mesh, workdir: pathlib.Path
+    settings: Experiment, model: Model, mesh: Mesh, workdir: pathlib.Path
 ) -> dict[str, FixedScorer | StoredScorer]:
-    """Role -> the scorer of its frozen policy, for all roles that are attached to batches."""
+    """Role -> the scorer of its frozen policy, for all roles that are attached to batches.
+
+    A role without a path scores with the model's own first parameters: `train` copies them.
+    """
     objective = settings.objective
     given = {"reference": settings.reference, "previous": settings.previous}
     unknown = sorted(set(objective.frozen_roles) - set(given))
@@ -56,7 +60,7 @@ def frozen_scorers(
                 )
             # A store is written by one scorer: those of other policies have folders of their own.
             folder = workdir / "logps" / ("" if not made else role)
-            made[same] = _scorer(settings, chosen, model, first, mesh, folder)
+            made[same] = _scorer(settings, chosen, model, mesh, folder)
         scorers[role] = made[same]
     return scorers
 
@@ -65,17 +69,23 @@ def _scorer(
     settings: Experiment,
     chosen: ReferenceSettings,
     model: Model,
-    first: Params,
     mesh: Mesh,
     folder: pathlib.Path,
 ) -> FixedScorer | StoredScorer:
     """The scorer of one frozen policy, with its log-probs kept in `folder` or another."""
+    lora = model.lora
     if chosen.path is not None:
-        other = load_model(dataclasses.replace(settings.model, path=chosen.path), mesh)
-        scorer = make_scorer(other.policy, other.params, mesh=mesh)
-        config = other.config
+        whole = dataclasses.replace(settings.model, path=chosen.path, lora=None)
+        if lora is not None:
+            whole = dataclasses.replace(whole, param_dtype=lora.base_dtype)
+        other = load_model(whole, mesh)
+        policy, params, config = other.policy, other.params, other.config
+    elif lora is not None:  # the base without its adapters: no second copy of the weights
+        policy, config = make_policy(model.config), model.config
+        _, params = model.policy.split(model.params)
     else:
-        scorer, config = make_scorer(model.policy, first, mesh=mesh), model.config
+        policy, params, config = model.policy, model.params, model.config
+    scorer = make_scorer(policy, params, mesh=mesh)
     if chosen.store == "off":
         return scorer
     # All that the values depend on besides the token ids.

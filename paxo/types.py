@@ -169,6 +169,7 @@ class Policy:
         heads: name -> `(params, hidden [..., D]) -> [...]`, extra trained outputs whose parameters
             lie under `params["heads"][name]`.
         max_positions: longest sequence, tokens; None where there is no limit.
+        frozen: names of the entries of params that are not trained; with any, params are a dict.
     """
 
     init: Callable[[Array], Params]
@@ -179,6 +180,18 @@ class Policy:
     decode: Decode
     heads: Mapping[str, Callable[[Params, Array], Array]] = dataclasses.field(default_factory=dict)
     max_positions: int | None = None
+    frozen: tuple[str, ...] = ()
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """The trained and the frozen entries of params, or of a tree like them."""
+        if not self.frozen:
+            return params, {}
+        trained = {name: x for name, x in params.items() if name not in self.frozen}
+        return trained, {name: params[name] for name in self.frozen}
+
+    def join(self, trained: Params, frozen: Params) -> Params:
+        """The inverse of `split`; `frozen` may hold more than this policy's entries."""
+        return trained | {name: frozen[name] for name in self.frozen} if self.frozen else trained
 
 
 class Scorer(Protocol):

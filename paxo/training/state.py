@@ -17,8 +17,9 @@ class TrainState:
     """The state of a run between two steps.
 
     Attributes:
-        params: trained parameters.
-        frozen: parameters that take part but are not trained (LoRA's base, a reference's head).
+        params: trained parameters, those of `Policy.split`.
+        frozen: parameters that take part but are not trained: the policy's own frozen ones (LoRA's
+            base) under their names, a reference's head. Checkpoints leave them out.
         opt_state: of the optimiser.
         objective_state: memory of stateful losses, one entry a term.
         step: int32 number of finished steps.
@@ -74,19 +75,22 @@ def snapshot(params: Params) -> Params:
     return jax.tree.map(jnp.copy, params)
 
 
-def state_shardings(state: TrainState, param_shardings: Any, optimizer: Any) -> TrainState:
+def state_shardings(
+    state: TrainState, param_shardings: Any, optimizer: Any, frozen_shardings: Any = None
+) -> TrainState:
     """Where each array of a state lies on a mesh.
 
     Args:
         state: a state, or its shapes.
         param_shardings: `NamedSharding` of every trained parameter; moments lie as their parameter.
         optimizer: as for `init_state`.
+        frozen_shardings: of the policy's own frozen parameters; others lie on every device.
     """
     mesh = jax.tree.leaves(param_shardings)[0].mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
     return TrainState(
         params=param_shardings,
-        frozen=jax.tree.map(lambda _: everywhere, state.frozen),
+        frozen=jax.tree.map(lambda _: everywhere, state.frozen) | (frozen_shardings or {}),
         opt_state=optax.tree_utils.tree_map_params(
             as_transformation(optimizer),
             lambda _, sharding: sharding,

@@ -88,29 +88,39 @@ def make_train_step(
 
 
 class CompiledStep:
-    """A step on a mesh: rows split over `data` and `fsdp`, the state donated."""
+    """A step on a mesh: rows split over `data` and `fsdp`, the state donated.
+
+    What is frozen is never donated and comes back as it was: others may hold the same arrays.
+    """
 
     def __init__(self, step: Step, mesh: Mesh, shardings: TrainState, *, donate: bool = True):
         self.mesh = mesh
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+        changing = shardings.replace(frozen={})
+
+        def run(state: TrainState, frozen: Params, batch: PreferenceBatch):
+            state, report = step(state.replace(frozen=frozen), batch)
+            return state.replace(frozen={}), report
+
         self._jitted = jax.jit(
-            step,
-            in_shardings=(shardings, rows),
-            out_shardings=(shardings, everywhere),
+            run,
+            in_shardings=(changing, shardings.frozen, rows),
+            out_shardings=(changing, everywhere),
             donate_argnums=0 if donate else (),
         )
 
     def __call__(
         self, state: TrainState, batch: PreferenceBatch
     ) -> tuple[TrainState, dict[str, Array]]:
-        """Runs the step; `state` is used up unless it is not donated."""
+        """Runs the step; `state` is used up, but for what is frozen, unless it is not donated."""
         with jax.set_mesh(self.mesh):
-            return self._jitted(state, batch)
+            after, report = self._jitted(state.replace(frozen={}), state.frozen, batch)
+        return after.replace(frozen=state.frozen), report
 
     def lower(self, state: TrainState, batch: PreferenceBatch) -> Any:
         """The lowered program of these (or only their shapes), to be compiled and looked at."""
         with jax.set_mesh(self.mesh):
-            return self._jitted.lower(state, batch)
+            return self._jitted.lower(state.replace(frozen={}), state.frozen, batch)
 
 
 def compile_step(
@@ -173,6 +183,7 @@ class _Run:
     def scores(self, params: Params, batch: PreferenceBatch) -> dict[str, Array]:
         """The arrays that depend on the parameters, by the names that losses give them."""
         frozen = self.state.frozen or {}
+        params = self.policy.join(params, frozen)
         wanted = {
             name: TOKEN_QUANTITIES[name]
             for name in self.objective.arrays
