@@ -85,7 +85,8 @@ def load_model(
         SettingsError: if the settings name neither, or no tokenizer, or adapters of a model from
             scratch.
     """
-    changes = {n: getattr(settings, n) for n in ("param_dtype", "compute_dtype", "remat", "unroll")}
+    names = ("param_dtype", "compute_dtype", "remat", "unroll", "attention")
+    changes = {name: getattr(settings, name) for name in names}
     if settings.path is None and settings.config is None:
         raise SettingsError(
             "model.path is not set: name a folder or a hub model, --set model.path=..."

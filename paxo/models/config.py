@@ -7,6 +7,7 @@ from typing import Literal
 
 Remat = Literal["none", "full", "dots"]
 Float = Literal["float32", "bfloat16"]
+Attention = Literal["auto", "dense", "blocks", "splash", "cudnn"]
 Projection = Literal["qkv", "out", "gate_up", "down"]
 PROJECTIONS: tuple[Projection, ...] = typing.get_args(Projection)
 
@@ -66,6 +67,9 @@ class ModelConfig:
         unroll: whether the scan over layers is unrolled; None unrolls up to 8 layers. Unrolling is
             about 20 % faster for small models on CPU, a rolled scan compiles in constant time and
             is what rematerialisation needs in order to save memory.
+        attention: how attention over packed rows is computed: all scores at once ("dense"), pairs
+            of blocks that hold any ("blocks"), by the kernels of TPUs ("splash") or of GPUs
+            ("cudnn"); "auto" chooses by size, dtype and the devices that the program is for.
 
     Raises:
         ValueError: if sizes do not fit one another.
@@ -91,6 +95,7 @@ class ModelConfig:
     compute_dtype: Float = "float32"
     remat: Remat = "none"
     unroll: bool | None = None
+    attention: Attention = "auto"
 
     def __post_init__(self):
         for name in (
@@ -116,6 +121,7 @@ class ModelConfig:
             ("param_dtype", ("float32", "bfloat16")),
             ("compute_dtype", ("float32", "bfloat16")),
             ("remat", ("none", "full", "dots")),
+            ("attention", typing.get_args(Attention)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(

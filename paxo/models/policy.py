@@ -170,7 +170,7 @@ def _trunk(config, params, tokens, positions, group, branch) -> Array:
     def attend(q, k, v, _):
         q = transformer.rotate(q, positions, frequencies)
         k = transformer.rotate(k, positions, frequencies)
-        return packed_attention(q, k, v, group, branch), None
+        return packed_attention(q, k, v, group, branch, config.attention), None
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
     x, _ = _run_layers(config, params, x, attend)
@@ -222,7 +222,9 @@ def _prefill(config, params, tokens, lengths, num_candidates, max_new) -> tuple[
         shape = (len(tokens) * num_candidates, config.num_kv_heads, max_new, config.head_dim)
         empty = constrain(jnp.zeros(shape, k.dtype), *OWN_AXES)
         prompt = (constrain(x.swapaxes(1, 2), *PROMPT_AXES) for x in (k, v))
-        return packed_attention(q, k, v, group, branch), LayerCache(*prompt, empty, empty)
+        return packed_attention(q, k, v, group, branch, config.attention), LayerCache(
+            *prompt, empty, empty
+        )
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
     x, layers = _run_layers(config, params, x, attend)

@@ -125,6 +125,16 @@ def param_shardings(logical_axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> 
     )
 
 
+def platform() -> str:
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu".
+
+    That of the devices of the mesh that is set, which may be of a machine that is not here; without
+    one, JAX's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Places an activation by the names of its axes where a mesh is set (`jax.set_mesh`)."""
     mesh = jax.sharding.get_abstract_mesh()
