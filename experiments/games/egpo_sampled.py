@@ -6,7 +6,7 @@ Zhou et al. 2025, arXiv:2503.08942: ten golden games, beta 0.01, learning rate 2
 code normalises Nash-MD's opponent over the games instead of the actions, and its Nash-MD ends at a
 gap of 0.27; sampled from the mixture of actions, Nash-MD is as good as the others.
 
-On a CPU, 33 seconds of CPU time. Mean gaps after 10,000 updates, from 0.30: online_ipo_v1 0.071,
+On a CPU, 21 seconds of CPU time. Mean gaps after 10,000 updates, from 0.30: online_ipo_v1 0.071,
 Nash-MD 0.071, EGPO 0.075, online_ipo_v2 0.16, Nash-MD by policy gradient 0.30. The step is so
 small (eta 0.008) that EGPO has nothing to gain over online_ipo_v1.
 """
