@@ -11,7 +11,7 @@ from paxo.types import Array
 
 
 def embed(table: Array, tokens: Array, dtype: Any) -> Array:
-    """`table [V, D], tokens [R, ...] -> [R, ..., D]` of a dtype; rows of `tokens` stay in place.
+    """`table [V, D], tokens [R, ...] -> [R, ..., D]` of a dtype, rows where they are.
 
     The table stays where it is too: each device looks its part of the vocabulary and of the width
     up for the rows of all devices that share its copy of the parameters, and these swap what they
