@@ -4,10 +4,11 @@
     python -m benchmarks.w3 --method dense --forward-only
 
 `dense` makes all logits (logsumexp and gather), `vocabulary` a chunk of the vocabulary at a time,
-`positions` a chunk of positions at a time, both twice; `one_pass` takes loss and gradient of 256
-positions at a time, as a step does where the loss does not couple groups. The gradients are those
-of the hidden states and of the head, which lies as embeddings do, `[V, D]`. Sizes, inputs and loss
-are those of the bench folder's `logprob_memory.py`. A method a process: the peak is the process's.
+`positions` a chunk of positions at a time, both twice; `one_pass` takes loss and gradient of a
+sequence at a time, as a step does with its rows where the loss does not couple groups. The
+gradients are those of the hidden states and of the head, which lies as embeddings do, `[V, D]`.
+Sizes, inputs and loss are those of the bench folder's `logprob_memory.py`. A method a process: the
+peak is the process's.
 
 Prints one line, `JSON {...}`: `extra_mb` is the peak above the inputs.
 """
@@ -134,13 +135,12 @@ def log_probs(options: Any) -> Callable:
 
 
 def one_pass(logps: Callable) -> Callable:
-    """Loss and gradients of some positions of a sequence at a time."""
+    """Loss and gradients of a sequence at a time."""
     import jax
     import jax.numpy as jnp
 
     def run(hidden, head, tokens, weights):
-        per = min(POSITIONS, tokens.shape[1])
-        cut = lambda x: x.reshape(-1, 1, per, *x.shape[2:])  # noqa: E731
+        cut = lambda x: x[:, None]  # noqa: E731
         weight = cut(jnp.broadcast_to(weights[:, None], tokens.shape))
 
         def add(total, part):

@@ -7,10 +7,12 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from paxo import scoring
 from paxo.models.policy import make_policy
 from paxo.objectives import objective
+from paxo.training import one_pass
 from paxo.training.state import init_state
 from paxo.training.step import make_train_step
 from paxo.types import PreferenceBatch
@@ -19,10 +21,16 @@ from tests.made import TINY
 VOCABULARY, LENGTH = 4096, 32
 
 
-def compiled_step(rows):
+def compiled_step(rows, vocabulary=VOCABULARY, width=TINY.hidden_size):
     """Peak of the temporaries in bytes and entries of the largest array of a DPO step."""
     config = dataclasses.replace(
-        TINY, vocab_size=VOCABULARY, num_layers=1, num_heads=1, num_kv_heads=1, intermediate_size=8
+        TINY,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        intermediate_size=8,
     )
     policy, goal, optimizer = make_policy(config), objective("dpo"), optax.sgd(0.1)
     state = jax.eval_shape(
@@ -43,16 +51,34 @@ def compiled_step(rows):
     return compiled.memory_analysis().temp_size_in_bytes, largest
 
 
-def test_no_step_holds_positions_times_vocabulary(monkeypatch):
+@pytest.mark.parametrize(
+    "most_logits", [2**25, 0]
+)  # made once, or twice, of the vocabulary a chunk
+def test_no_step_holds_positions_times_vocabulary(monkeypatch, most_logits):
+    monkeypatch.setattr(one_pass, "MOST_LOGITS", most_logits)
     # A chunk of the size that is used, 16 MB, would fill most of so small a program.
     monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 2**19)
+    monkeypatch.setattr(scoring, "MIN_CHUNK_VOCABULARY", 2**6)
+    monkeypatch.setattr(scoring, "VOCABULARY_ENTRIES", 2**19)
     few, many = 64 * LENGTH, 256 * LENGTH
     (peak_few, _), (peak_many, largest) = compiled_step(64), compiled_step(256)
     assert largest <= many * VOCABULARY / 16
     assert peak_many < many * VOCABULARY * 4 / 4
     assert peak_many - peak_few < (many - few) * VOCABULARY * 4 / 4
     # With all logits at once the same step is as large as this test would notice.
-    monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 2**40)
+    for name in ("CHUNK_ENTRIES", "VOCABULARY_ENTRIES"):
+        monkeypatch.setattr(scoring, name, 2**40)
     peak_dense, largest_dense = compiled_step(64)
     assert largest_dense >= few * VOCABULARY
-    assert peak_dense > few * VOCABULARY * 4
+    assert peak_dense >= few * VOCABULARY * 4
+
+
+def test_one_pass_holds_the_head_once_beside_its_gradient(monkeypatch):
+    """Tied embeddings are read as they lie: no transposed copy of them, or of their gradient."""
+    monkeypatch.setattr(scoring, "CHUNK_ENTRIES", 1)
+    monkeypatch.setitem(scoring.MIN_CHUNK_TOKENS, "cpu", 1)
+    vocabulary, width = 2**14, 64
+    peak, largest = compiled_step(2, vocabulary, width)
+    assert largest == vocabulary * width  # the head, its gradient, and no logits of both rows
+    logits = LENGTH * vocabulary * 4
+    assert peak < 2.5 * vocabulary * width * 4 + 2.5 * logits
