@@ -164,9 +164,10 @@ def test_export_of_a_step_without_checkpoint_names_those_there_are(finished, cap
     assert "no checkpoint of step 3; there are [2, 4]" in error
 
 
-def test_sample_prints_completions_of_a_run_and_of_a_model_folder(finished, capsys):
+def test_sample_prints_completions_of_a_run_and_of_a_model_folder(finished, capsys, monkeypatch):
     arguments = ["--max-tokens", "5", "--temperature", "0"]
-    assert paxo("sample", finished, *arguments) == 0
+    monkeypatch.chdir(finished.parent)  # as typed: runs/dpo_hh
+    assert paxo("sample", finished.name, *arguments) == 0
     own = capsys.readouterr().out
     assert own.count("<s> Human:") == 4  # the prompts that the run has kept
     assert own.count("finished") + own.count("cut at --max-tokens") == 4

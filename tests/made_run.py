@@ -63,7 +63,7 @@ def compiled_quickly(folder: pathlib.Path) -> Iterator[None]:
     kept = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(folder))
     variables = {
         "JAX_COMPILATION_CACHE_DIR": kept,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     cache, plain = "jax_compilation_cache_dir", "jax_disable_most_optimizations"

@@ -66,7 +66,7 @@ class Checkpointer:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if best_mode not in ("max", "min"):
             raise ValueError(f"best_mode must be 'max' or 'min', got {best_mode!r}")
-        self.folder = epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
+        self.folder = _absolute(folder)
         self.every = every
         self.best_metric = best_metric
         self.frozen = dict(frozen or {})
@@ -358,6 +358,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def _absolute(folder: str | os.PathLike[str]) -> epath.Path:
+    """The folder from the root; a bucket's address is one already."""
+    return epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
+
+
 def read_params(folder: str | os.PathLike[str], step: int | None = None) -> Any:
     """The trained parameters of one checkpoint, on the first device, and nothing else of it.
 
@@ -393,7 +398,7 @@ def read_frozen(folder: str | os.PathLike[str], step: int | None = None) -> dict
 
 def _folder_of(folder: str | os.PathLike[str], step: int | None) -> epath.Path:
     """The folder of one checkpoint, by default the newest."""
-    path = epath.Path(folder)
+    path = _absolute(folder)  # Orbax finds no metadata under a relative path
     names = [p.name for p in path.iterdir()] if path.exists() else []
     steps = sorted(int(name) for name in names if name.isdecimal())
     step = max(steps, default=None) if step is None else step

@@ -10,8 +10,6 @@ from paxo.losses.links import rso_hinge_loss
 from paxo.losses.lipo import lipo_loss
 from paxo.losses.pairwise import dpo_loss
 from paxo.losses.reference_free import slic_hf_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 from tests.losses.pairs import LENGTHS, POLICY, REFERENCE, close, exact, gradient
 
 LOGPS = np.array([-4.0, -3.5, -9.0, -4.25])
@@ -60,8 +58,3 @@ def test_with_a_reference_the_list_is_lipos_hinge_and_of_two_slic_norm():
     # With the logistic in place of the hinge, sigmoid_norm, it is DPO with beta = gamma.
     found = exact(lipo_loss, POLICY, REFERENCE, labels, ranking_loss="pair_logistic", beta=0.05)
     close(found.total / found.count, exact(dpo_loss, POLICY, REFERENCE, beta=0.05).mean())
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
-    CHECKS[check](Case("slic_list", slic_list_loss, candidates=3))

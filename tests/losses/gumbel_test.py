@@ -7,8 +7,6 @@ import pytest
 from paxo.losses.gumbel import SAMPLES, gumbel_loss
 from paxo.losses.learning_to_rank import approx_ndcg_loss
 from paxo.losses.lipo import lipo_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = RNG.uniform(-8, -4, (2, 3, 4)).astype(np.float32)
@@ -33,9 +31,3 @@ def test_noise_that_vanishes_leaves_the_loss():
     found = gumbel_loss(POLICY, REFERENCE, GRADES, noise=1e-7, beta=0.5, key=KEY)
     plain = lipo_loss(POLICY, REFERENCE, GRADES, ranking_loss="list_mle", beta=0.5)
     np.testing.assert_allclose(found.value, plain.value, rtol=1e-5)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
-    row = {"candidates": 3, "given": {"labels": [1.0, 0.5, 0.0]}, "base": {"noise": 0.1}}
-    CHECKS[check](Case("gumbel", gumbel_loss, log_ratios=True, group_shift=True, **row))

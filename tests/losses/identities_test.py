@@ -4,6 +4,7 @@ A zero margin: with a reference the policy is that reference, without one the tw
 one mean log-prob. Inputs are made from the names in a loss's signature.
 """
 
+import functools
 import inspect
 import math
 
@@ -134,7 +135,10 @@ def inputs_of(loss):
 def value(loss, settings):
     """The loss of one group at a zero margin: a number, whatever it returns."""
     inputs = inputs_of(loss)
-    result = loss(**(inputs | settings))
+    arrays = {name: x for name, x in settings.items() if isinstance(x, np.ndarray)}
+    options = {name: x for name, x in settings.items() if name not in arrays}
+    # A loss is called once: one program is compiled sooner than each of its operations.
+    result = jax.jit(functools.partial(loss, **options))(**(inputs | arrays))
     result = result[0] if "state" in inputs else result
     return float(jnp.squeeze(result.value if isinstance(result, Mean) else result))
 

@@ -1,13 +1,9 @@
 """Magnetic preference optimisation: its closed form, and where its rounds lead."""
 
-import jax
 import numpy as np
-import pytest
 
 from paxo.losses.magnetic import mpo_magnetic_loss
 from paxo.losses.nash import online_ipo_v1_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 from tests.losses.tabular import (
     assert_close,
     expected,
@@ -78,12 +74,6 @@ def test_rounds_with_a_moving_magnet_find_the_games_own_nash_policy():
         magnet = policy
     win_rates = GAME.win_rates(softmax(policy))
     assert win_rates.max() < 0.5 + 1e-6  # nothing beats it
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
-    with jax.enable_x64(False):
-        CHECKS[check](Case("mpo_magnetic", mpo_magnetic_loss, group_shift=True))
 
 
 def test_nothing_is_left_to_do_at_equal_policies_and_win_rates():

@@ -14,8 +14,6 @@ from paxo.losses.mixture_of_judges import (
     cgpo_rewards,
     passes_all,
 )
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 
 RNG = np.random.default_rng(0)
 POLICY, REFERENCE = RNG.uniform(-8, -4, (2, 2, 4)).astype(np.float32)
@@ -91,17 +89,3 @@ def test_crraft_imitates_the_best_that_passes_by_its_calibrated_reward():
     np.testing.assert_allclose(found.value, -(weights * POLICY[[0, 1], [2, 0]]).mean(), rtol=1e-6)
     none = cgpo_crraft_loss(POLICY, REWARDS, BASE, np.zeros_like(PASSED))
     assert (float(none.total), float(none.count)) == (0, 0)
-
-
-ROWS = {
-    cgpo_crpg_loss: {"base": {"kl_max": 5.0}},
-    cgpo_codpo_loss: {},
-    cgpo_crraft_loss: {},
-}
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("loss", ROWS, ids=lambda loss: loss.__name__)
-def test_conformance(loss, check):
-    row = {"candidates": 3, "given": {"passed": [1, 0, 1]}}
-    CHECKS[check](Case(loss.__name__, loss, **row, **ROWS[loss]))

@@ -2,11 +2,8 @@
 
 import jax
 import numpy as np
-import pytest
 
 from paxo.losses.posterior import brain_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 from tests.losses.tabular import (
     assert_close,
     float64,  # noqa: F401  (a fixture)
@@ -68,9 +65,3 @@ def test_candidates_that_are_not_there_have_no_weight():
     filled = [np.where(where, x, np.nan) for x in (POLICY, REFERENCE, PROPOSAL, REWARDS)]
     assert_close(brain_loss(*filled, where=where), kept)
     assert float(brain_loss(*filled, where=np.zeros(5, bool))) == 0
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
-    with jax.enable_x64(False):
-        CHECKS[check](Case("brain", brain_loss, candidates=3, group_shift=True))

@@ -3,12 +3,9 @@
 import math
 
 import numpy as np
-import pytest
 
 from paxo.losses.rationale import rationale_orpo_loss
 from paxo.losses.reference_free import orpo_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 from tests.losses.pairs import LENGTHS, POLICY, check_gradient, close, exact, gradient, softplus
 
 RATIONALES = np.array([-1.0, -20.0, -70.0, 0.0])
@@ -59,8 +56,3 @@ def test_pairs_without_a_rationale_are_orpo():
     where = np.array([[True, True, False]] * 4)
     for link in ("linear", "log_sigmoid"):
         close(found(link, where=where), BASE)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
-    CHECKS[check](Case("rationale_orpo", rationale_orpo_loss, candidates=3))

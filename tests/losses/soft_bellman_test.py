@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from paxo.losses.soft_bellman import oreo_loss, oreo_policy_loss, oreo_value_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 from tests.losses.tabular import (
     Tree,
     assert_close,
@@ -150,13 +148,3 @@ def test_empty_completions_are_not_counted():
 def test_steps_ask_for_their_ends():
     with pytest.raises(ValueError, match="step_mask"):
         oreo_loss(*INPUTS, level="step")
-
-
-STEPS = {"given": {"step_mask": [0, 1, 0, 1]}, "axes": {"step_mask": "KT"}, "log_ratios": True}
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("loss", [oreo_loss, oreo_policy_loss, oreo_value_loss])
-def test_conformance(loss, check):
-    with jax.enable_x64(False):
-        CHECKS[check](Case(loss.__name__, loss, **STEPS))

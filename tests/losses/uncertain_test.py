@@ -9,8 +9,6 @@ from paxo.losses.imitation import iterative_rpo_loss
 from paxo.losses.noisy import cdpo_loss
 from paxo.losses.pairwise import dpo_loss
 from paxo.losses.uncertain import flip_rates_from, information_gain, upo_loss
-from tests.losses.cases import Case
-from tests.losses.conformance import CHECKS
 from tests.losses.pairs import (
     LENGTHS,
     MARGINS,
@@ -81,9 +79,3 @@ def test_information_gain_is_the_entropy_that_the_passes_do_not_share():
     np.testing.assert_allclose(
         flip_rates_from(np.array([0.0, math.log(2) / 2, 9.0])), [0, 0.25, 0.5], rtol=1e-6
     )
-
-
-@pytest.mark.parametrize("check", CHECKS)
-def test_conformance(check):
-    row = {"axes": {"flip_rates": ""}, "log_ratios": True, "group_shift": True}
-    CHECKS[check](Case("upo", upo_loss, **row))
