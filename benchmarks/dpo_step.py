@@ -1,10 +1,12 @@
 """Time and memory of one DPO step on the workloads that all peers are measured with.
 
-    python -m benchmarks.dpo_step --workload W1 --steps 8 --max-steps 60
+    python -m benchmarks.w1 --steps 8 --max-steps 60
+    python -m benchmarks.w2 --reference stored
 
 Weights, batch, learning rate and the meter are those of the bench folder (`PAXO_BENCH`, default
 `../shared/bench` beside the project), so the first losses must be those of every other trainer. A
-row is one pair: its prompt once, then both completions. The reference is scored in every step.
+row is one pair: its prompt once, then both completions. The reference is scored in every step, or
+once before the first with `--reference stored`.
 
 Prints one line, `JSON {...}`: `step` holds the laps (wall, own CPU, and what others used
 meanwhile; `quiet` is the median of the laps with little of that), `compile_s` is the training
@@ -37,12 +39,11 @@ class Prepared(NamedTuple):
     mesh: Any
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, workload: str = "W1") -> int:
     """Measures one workload and prints the line; 2 where the bench folder is missing."""
-    options = parse(arguments)
+    options = parse(arguments, workload)
     folder = bench_folder()
-    if not (folder / "common.py").is_file():
-        print(f"{folder}: no common.py there; set PAXO_BENCH to the bench folder", file=sys.stderr)
+    if missing(folder):
         return 2
     common = load_common(folder)  # before jax: it sets the number of threads
     workload = common.WORKLOADS[options.workload]
@@ -52,18 +53,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     batch = attached(prepared)
     reference_s = time.perf_counter() - start
-    start = time.perf_counter()
+    if options.reference == "stored":
+        prepared = prepared._replace(batch=batch, scorer=None)
+    start, start_cpu = time.perf_counter(), time.process_time()
     compiled = prepared.step.lower(prepared.state, batch).compile()
-    compile_s = time.perf_counter() - start
+    compile_s, compile_cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
     memory = compiled.memory_analysis()
 
     meter, losses = run(common, compiled, prepared, options)
     common.report_train(
-        "paxo", options.workload, workload, meter, start_s, compile_s, "separate", "completion",
+        "paxo", options.workload, workload, meter, start_s, compile_s,
+        "separate" if options.reference == "separate" else "precomputed", "completion",
         losses=losses[:6], peak_steady=common.hwm_mb(),
         extra={
             "temp_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
+            "compile_cpu_s": compile_cpu_s,
             "first_scoring_s": reference_s,
             "row_length": int(batch.tokens.shape[1]),
         },
@@ -71,10 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None, workload: str = "W1") -> argparse.Namespace:
     """The options of a command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--workload", default="W1", choices=("W1", "W2"))
+    parser.add_argument("--workload", default=workload, choices=("W1", "W2"))
+    parser.add_argument(
+        "--reference", default="separate", choices=("separate", "stored"),
+        help="score the reference in every step, or once before the first",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=8, help="laps that count (default: 8)")
     parser.add_argument("--warmup", type=int, default=2, help="laps before them (default: 2)")
     parser.add_argument(
@@ -87,6 +96,14 @@ def bench_folder() -> pathlib.Path:
     """Where the workloads are described."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "bench"
     return pathlib.Path(os.environ.get("PAXO_BENCH", beside))
+
+
+def missing(folder: pathlib.Path) -> bool:
+    """Whether there is no bench folder, which is then said."""
+    if (folder / "common.py").is_file():
+        return False
+    print(f"{folder}: no common.py there; set PAXO_BENCH to the bench folder", file=sys.stderr)
+    return True
 
 
 def load_common(folder: pathlib.Path) -> ModuleType:
@@ -118,9 +135,11 @@ def run(common: ModuleType, compiled: Any, prepared: Prepared, options: Any) -> 
 
 
 def attached(prepared: Prepared) -> Any:
-    """The batch with the log-probs of the reference, scored anew."""
+    """The batch with the log-probs of the reference, scored anew unless they are stored."""
     from paxo.scoring import attach_logps
 
+    if prepared.scorer is None:
+        return prepared.batch
     return attach_logps(prepared.batch, "reference", prepared.scorer)
 
 

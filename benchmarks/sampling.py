@@ -23,15 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.dpo_step import bench_folder, load_common, model_config, params
+from benchmarks.dpo_step import bench_folder, load_common, missing, model_config, params
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints, and gives 2 where the bench folder is missing."""
     options = parse(arguments)
     folder = bench_folder()
-    if not (folder / "common.py").is_file():
-        print(f"{folder}: no common.py there; set PAXO_BENCH to the bench folder", file=sys.stderr)
+    if missing(folder):
         return 2
     if options.serve:
         os.environ["BENCH_THREADS"] = str(options.threads)

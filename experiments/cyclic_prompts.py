@@ -133,7 +133,7 @@ def run(settings: Cyclic, workdir: pathlib.Path) -> None:
     results = {
         "first": {name: first[name] for name in kept},
         "last": {name: history[-1][name] for name in kept},
-        "average_policy": {k: v for k, v in exact_figures(game, nash, average).items() if k in kept},
+        "average_policy": {name: exact_figures(game, nash, average)[name] for name in kept},
         "nash": {f"share_{name}": float(p) for name, p in zip(STYLES, nash)},
     }
     write_results(workdir / "styles.json", results)

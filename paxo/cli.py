@@ -41,7 +41,17 @@ USER_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code, one of those in `paxo --help`."""
+    """Runs one command line and returns its exit code, one of those in `paxo --help`.
+
+    One of several processes that has failed does not return: it ends at once.
+    """
+    code = _main(arguments)
+    if code in (CRASHED, WRONG_USE, NON_FINITE) and _is_one_of_several():
+        sys.modules["paxo.distributed"].leave(code)
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
@@ -70,8 +80,11 @@ def run(options: argparse.Namespace) -> None:
     """`paxo run FILE`: trains as the experiment file says."""
     file = _existing(options.file)
     workdir = options.workdir or pathlib.Path("runs", file.stem)
-    from paxo import experiment
+    from paxo import distributed, experiment
 
+    distributed.start(
+        options.coordinator, options.num_processes, options.process_id, verbose=options.verbose
+    )
     experiment.run_file(file, options.overrides, workdir)
 
 
@@ -292,6 +305,13 @@ def _add_run(parser: _Parser) -> None:
         "--workdir", metavar="DIR", help="run folder (default: runs/<name of FILE>); an "
         "interrupted run in it is resumed"
     )  # fmt: skip
+    several = parser.add_argument_group(
+        "several processes",
+        "found by themselves on Cloud TPU, in GKE and under SLURM; elsewhere each is told",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--num-processes", metavar="N", type=_count, help="how many there are")
+    several.add_argument("--process-id", metavar="I", type=_count, help="which one this is, from 0")
 
 
 def _add_inspect(parser: _Parser) -> None:
@@ -405,6 +425,12 @@ def _is_non_finite_loss(error: Exception) -> bool:
     # Only a loaded module can have raised it, and importing it here would import jax.
     loop = sys.modules.get("paxo.training.loop")
     return loop is not None and isinstance(error, loop.NonFiniteLossError)
+
+
+def _is_one_of_several() -> bool:
+    # Importing jax here would cost who made no use of it.
+    started = "paxo.distributed" in sys.modules and "jax" in sys.modules
+    return started and sys.modules["jax"].distributed.is_initialized()
 
 
 def _is_users_os_error(error: Exception) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
+from paxo import distributed
 from paxo.data.limits import TokenLimits
 from paxo.data.records import EXTRA_AXES
 from paxo.models.config import Float, ModelConfig, Remat
@@ -156,11 +157,14 @@ class MeshSettings:
         data: copies of the parameters; rows are split over them.
         fsdp: ways in which parameters are split along their width; rows are split over it too.
         tensor: ways in which heads, the SwiGLU and the vocabulary are split.
+        slice_axis: which of these goes over the slower network where the devices lie on several
+            slices (TPU slices, or nodes of GPUs); its size is a multiple of their number.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slice_axis: Literal["data", "fsdp", "tensor"] = "data"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +178,18 @@ class ReferenceSettings:
             epochs and runs; None takes `<workdir>/logps`, "off" computes them in every step. Hidden
             states, which divergences of whole distributions need, are never kept.
         attach: give it to the objective even where that can do without (GRPO's KL penalty).
+        dtype: in which its parameters are kept; None keeps them as the model's. With "bfloat16" a
+            reference in every step costs half the memory, but a policy that has not moved no longer
+            has a log-ratio of exactly 0 to it.
+        mesh: other sizes of mesh axes for it, such as more `fsdp`; None takes those of the run. It
+            holds the same rows on each process.
     """
 
     path: str | None = None
     store: str | None = None
     attach: bool = False
+    dtype: Float | None = None
+    mesh: MeshSettings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,14 +271,16 @@ def settings_of(module: ModuleType, overrides: Sequence[str]) -> Any:
 def run_file(
     file: str | pathlib.Path, overrides: Sequence[str], workdir: str | pathlib.Path
 ) -> None:
-    """`paxo run`: runs an experiment file, or goes on with what is in `workdir`."""
+    """`paxo run`: runs an experiment file, or goes on with what is in `workdir`.
+
+    Several processes need a `workdir` that all of them see.
+    """
     import jax
 
     module = load(file)
     settings = settings_of(module, overrides)
     workdir = pathlib.Path(workdir)
-    if jax.process_index() == 0:
-        write_run_folder(workdir, file, settings, overrides)
+    distributed.on_first(lambda: write_run_folder(workdir, file, settings, overrides))
     try:
         with log_to(workdir):
             _runner(module)(settings, workdir)

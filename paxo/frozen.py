@@ -8,13 +8,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from paxo.experiment import Experiment, ReferenceSettings
+from paxo.experiment import Experiment, MeshSettings, ReferenceSettings
 from paxo.loading import Model, load_model
 from paxo.logp_store import LogpStore
+from paxo.models.sharding import make_mesh, param_shardings
 from paxo.objectives import HIDDEN_ROLE, Objective
 from paxo.overrides import SettingsError
+from paxo.rows import row_share
 from paxo.scoring import FixedScorer, StoredScorer, attach_logps, make_scorer
-from paxo.types import Params, PreferenceBatch
+from paxo.types import Params, Policy, PreferenceBatch
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +47,11 @@ def frozen_scorers(
     for role, chosen in given.items():
         if role not in objective.frozen_roles and role not in asked:
             continue
-        same = chosen.path, chosen.store
+        same = chosen.path, chosen.store, chosen.dtype, chosen.mesh
         if role == "previous" and chosen.path is None:
             logger.info("role 'previous' is the policy that training starts from")
         if same not in made:
-            if chosen.store in {store for _, store in made} - {None, "off"}:
+            if chosen.store in {store for _, store, *_ in made} - {None, "off"}:
                 raise SettingsError(
                     f"{role}.store={chosen.store} is that of another policy, but a store is "
                     "written by one: name another folder"
@@ -70,11 +72,17 @@ def _scorer(
     folder: pathlib.Path,
 ) -> FixedScorer | StoredScorer:
     """The scorer of one frozen policy, with its log-probs kept in `folder` or another."""
+    dtype = chosen.dtype or settings.model.param_dtype
+    if chosen.mesh is not None:
+        mesh = _other_mesh(settings, chosen.mesh, mesh)
     if chosen.path is not None:
-        other = load_model(dataclasses.replace(settings.model, path=chosen.path), mesh)
+        whole = dataclasses.replace(settings.model, path=chosen.path, param_dtype=dtype)
+        other = load_model(whole, mesh)
         scorer = make_scorer(other.policy, other.params, mesh=mesh)
         config = other.config
     else:
+        if (chosen.dtype, chosen.mesh) != (None, None):
+            first = _held(first, model.policy, dtype, mesh)
         scorer, config = make_scorer(model.policy, first, mesh=mesh), model.config
     if chosen.store == "off":
         return scorer
@@ -84,6 +92,24 @@ def _scorer(
     )
     store = LogpStore(chosen.store or folder, fingerprint, process=jax.process_index())
     return StoredScorer(scorer, store)
+
+
+def _held(params: Params, policy: Policy, dtype: str, mesh: Mesh) -> Params:
+    """A copy of the parameters in another dtype or on another mesh."""
+    cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))(params)
+    return jax.device_put(cast, param_shardings(policy.logical_axes, cast, mesh))
+
+
+def _other_mesh(settings: Experiment, sizes: MeshSettings, mesh: Mesh) -> Mesh:
+    other = make_mesh(**dataclasses.asdict(sizes))
+    ways = other.shape["data"] * other.shape["fsdp"]
+    if settings.train.rows_per_batch % ways or row_share(other) != row_share(mesh):
+        raise SettingsError(
+            f"a frozen policy's mesh {dict(other.shape)} must divide the "
+            f"{settings.train.rows_per_batch} rows of a batch and leave each process the rows that "
+            f"it has on the mesh {dict(mesh.shape)}: choose other sizes of data and fsdp"
+        )
+    return other
 
 
 def attached(

@@ -25,6 +25,7 @@ from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.models.sharding import param_shardings
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError
+from paxo.rows import RowShare, row_share
 from paxo.types import Params, Policy, PreferenceBatch
 
 logger = logging.getLogger(__name__)
@@ -191,8 +192,18 @@ def row_shape(
     )
 
 
-def batches(data: Data, settings: DataSettings, train_settings: TrainSettings) -> Batches:
-    """The endless batches of a run, this process's rows of them."""
+def batches(
+    data: Data, settings: DataSettings, train_settings: TrainSettings, mesh: Mesh | None = None
+) -> Batches:
+    """The endless batches of a run, this process's rows of them.
+
+    Args:
+        data: the groups and the shape of rows.
+        settings: how they are shuffled.
+        train_settings: rows of a batch, and the seed.
+        mesh: says which rows lie on this process's devices; one process can do without.
+    """
+    share = _row_share(mesh)
     return Batches(
         data.groups,
         data.shape,
@@ -200,16 +211,27 @@ def batches(data: Data, settings: DataSettings, train_settings: TrainSettings) -
         seed=train_settings.seed,
         shuffle=settings.shuffle,
         window=settings.window,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share.index,
+        process_count=share.count,
         mismatch=data.mismatch,
     )
 
 
-def heldout_batches(data: Data, rows_per_batch: int) -> Iterator[PreferenceBatch]:
-    """The held-out groups once, in batches of host arrays."""
-    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def heldout_batches(
+    data: Data, rows_per_batch: int, mesh: Mesh | None = None
+) -> Iterator[PreferenceBatch]:
+    """The held-out groups once, in batches of host arrays; of them, the rows as in `batches`."""
+    index, count = _row_share(mesh)
+    here = {"process_index": index, "process_count": count}
     return (batch for batch, _ in epoch_batches(data.heldout, data.shape, rows_per_batch, **here))
+
+
+def _row_share(mesh: Mesh | None) -> RowShare:
+    if mesh is not None:
+        return row_share(mesh)
+    if jax.process_count() > 1:
+        raise ValueError("with several processes, give the mesh: it says whose rows are whose")
+    return RowShare(0, 1)
 
 
 def _share(group: TokenGroup) -> float:

@@ -70,6 +70,14 @@ class Term:
         """Whether the loss carries memory from step to step."""
         return hasattr(self.loss, "init_state")
 
+    @property
+    def draws(self) -> bool:
+        """Whether the loss, with these hyper-parameters, draws random numbers."""
+        only_with = getattr(self.loss, "draws_with", {})
+        return "key" in self.arrays and all(
+            self.hyper_parameters[name] == value for name, value in only_with.items()
+        )
+
     def __call__(self, inputs: Mapping[str, Array], state: Any = None) -> tuple[Mean, Any]:
         """The loss's total and count over the groups of `inputs`, and its new state."""
         known = {**inputs, "state": state} if self.stateful else inputs
@@ -142,9 +150,7 @@ class Objective:
         Those that couple groups must, and those that draw random numbers: their draws would
         otherwise depend on how the batch is split.
         """
-        return any(
-            getattr(term.loss, "whole_batch", False) or "key" in term.arrays for term in self.terms
-        )
+        return any(getattr(term.loss, "whole_batch", False) or term.draws for term in self.terms)
 
     @property
     def unpaired(self) -> bool:

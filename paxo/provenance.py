@@ -140,7 +140,15 @@ def git_state(folder: pathlib.Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def log_to(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Copies what the package logs to `<workdir>/log.txt` inside the `with` block."""
+    """Copies what the package logs to `<workdir>/log.txt` inside the `with` block.
+
+    Of several processes only process 0 writes.
+    """
+    import jax
+
+    if jax.process_index() != 0:
+        yield
+        return
     handler = logging.FileHandler(pathlib.Path(workdir, "log.txt"), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("paxo")

@@ -22,7 +22,8 @@ from paxo.data.row_shape import RowShape
 from paxo.data.tokenise import TextTokenizer, TokenLimits, tokenise
 from paxo.head_outputs import head_outputs
 from paxo.losses.reward import general_preference_scores
-from paxo.scoring import all_hidden, place_rows, sequence_logps
+from paxo.rows import place_rows
+from paxo.scoring import all_hidden, sequence_logps
 from paxo.types import Array, Params, Policy, PreferenceBatch
 
 LOGPS = "logps"

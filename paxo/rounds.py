@@ -227,7 +227,9 @@ def run(
             frozen=frozen,
             evaluate=evaluate,
             checkpointer=checkpointer,
-            make_writer=lambda step: make_writer(workdir, steps, step, settings.method.name),
+            make_writer=lambda step, number: make_writer(
+                workdir, steps, step, settings.method.name, resume_round=number
+            ),
             log_every=settings.log_every,
         )
     history = evaluations(workdir)

@@ -3,6 +3,7 @@
 `train` alone is one training run; experiments with several (SFT, then DPO) call it for each.
 """
 
+import dataclasses
 import functools
 import logging
 import pathlib
@@ -40,12 +41,13 @@ from paxo.models.sharding import make_mesh, param_shardings
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError
 from paxo.reward_scoring import HeadScorer, save_heads
+from paxo.rows import place_rows
 from paxo.scoring import make_scorer
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.loop import fit
 from paxo.training.optimizers import AdamW
 from paxo.training.state import TrainState, init_state, snapshot, state_shardings
-from paxo.training.step import compile_step, make_train_step, place_rows
+from paxo.training.step import compile_step, make_train_step
 from paxo.training.writers import make_writer
 from paxo.types import Params, Policy, PreferenceBatch
 
@@ -87,16 +89,18 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     def measure(params: Params) -> Estimate | None:
         if not data.heldout:
             return None
-        rows = heldout_batches(data, settings.train.rows_per_batch)
+        rows = heldout_batches(data, settings.train.rows_per_batch, mesh)
+        place = functools.partial(place_rows, mesh=mesh)
         if reward_head and pairs:
-            return reward_accuracy(HeadScorer(model.policy, params, reward_head, mesh), rows)
+            scorer = HeadScorer(model.policy, params, reward_head, mesh)
+            return reward_accuracy(scorer, map(place, rows))
         scorer = make_scorer(model.policy, params, mesh=mesh)
         if not pairs and not signs:
-            return nll_per_token(scorer, rows)
+            return nll_per_token(scorer, map(place, rows))
         accuracy = sign_accuracy if signs else reward_accuracy
         return accuracy(
             scorer,
-            map(attach_sums, rows),
+            map(place, map(attach_sums, rows)),
             scale=settings.objective.reward_scale,
             per_token=settings.objective.reward_per_token,
         )
@@ -114,7 +118,7 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         model.params,
         settings.objective,
         settings.optimizer,
-        batches(data, settings.data, settings.train),
+        batches(data, settings.data, settings.train, mesh),
         settings.train,
         mesh,
         workdir,
@@ -294,7 +298,7 @@ def inspect(settings: Experiment, num: int, records: Callable[[Experiment], Any]
 
 
 def _mesh(settings: Experiment) -> Mesh:
-    mesh = make_mesh(settings.mesh.data, settings.mesh.fsdp, settings.mesh.tensor)
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     if settings.train.rows_per_batch % (ways * settings.train.microbatches):
         raise SettingsError(

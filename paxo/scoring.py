@@ -17,21 +17,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from paxo.chunked_head import QUANTITIES, head_scores
 from paxo.data.packing import sequence_tokens
 from paxo.logp_store import LogpStore
-from paxo.models.sharding import platform
+from paxo.models.sharding import constrain, platform
 from paxo.numerics import at_least_float32
-from paxo.types import Array, Params, Policy, PreferenceBatch, Scorer
-
-ROWS = PartitionSpec(("data", "fsdp"))
+from paxo.rows import own_rows, place_rows
+from paxo.types import (
+    Array,
+    Params,
+    Policy,
+    PreferenceBatch,
+    Scorer,
+    pytree,
+    static_field,
+)
+from paxo.vocabulary_head import vocabulary_logps
 
 # Logits held at a time: at least so many tokens, which keeps the products efficient, and no more
 # than so many entries where the vocabulary is small.
 MIN_CHUNK_TOKENS = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 CHUNK_ENTRIES = 2**22
+# The same where log-probs alone are wanted, of which a chunk of the vocabulary is made at a time.
+MIN_CHUNK_VOCABULARY, VOCABULARY_ENTRIES = 1024, 2**22
 
 
 def token_logps(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
@@ -74,6 +84,35 @@ def token_scores(
     Raises:
         ValueError: for an unknown quantity, or "kls" without what it needs.
     """
+    if hidden is None:
+        hidden = scored_hidden(policy, params, batch)
+    return figures(
+        hidden, head_of(policy, params), batch, quantities,
+        reference_head=reference_head, chunk=chunk,
+    )  # fmt: skip
+
+
+def figures(
+    hidden: Array,
+    head: "Head",
+    batch: PreferenceBatch,
+    quantities: Sequence[str] = ("logps",),
+    *,
+    reference_head: Array | None = None,
+    chunk: int | None = None,
+    keep_logits: bool = False,
+) -> dict[str, Array]:
+    """What `token_scores` gives, from hidden states and a head.
+
+    Args:
+        hidden: `[R, S, D]` from `scored_hidden`.
+        head: from `head_of`.
+        batch: packed rows.
+        quantities: see `token_scores`.
+        reference_head: `[D, V]`, frozen.
+        chunk: see `token_scores`.
+        keep_logits: make the logits of all these rows at once, and keep them for the gradient.
+    """
     unknown = sorted(set(quantities) - set(QUANTITIES))
     if unknown:
         raise ValueError(f"unknown quantities {unknown}; known: {', '.join(QUANTITIES)}")
@@ -85,14 +124,48 @@ def token_scores(
                 "paxo.attach_logps(batch, 'reference', scorer, hidden=True) and pass reference_head"
             )
         reference = (batch.fixed_hidden["reference"], reference_head)
-    if hidden is None:
-        hidden = scored_hidden(policy, params, batch)
-    head = policy.unembed(params).astype(hidden.dtype)
-    if chunk is None:
-        chunk = default_chunk(hidden.shape[0], head.shape[-1])
-    scores = head_scores(tuple(quantities), chunk, hidden, head, batch.score_token, reference)
+    by_token = head.by_token
+    # Brought together along the width once, and not in every chunk.
+    axes = ("activation_vocab", None) if by_token else (None, "activation_vocab")
+    matrix = constrain(head.matrix.astype(hidden.dtype), *axes)
+    if chunk is None and not keep_logits and set(quantities) == {"logps"} and _devices() == 1:
+        part = vocabulary_chunk(batch.score_token.size)
+        logps = vocabulary_logps(part, hidden, matrix, batch.score_token, by_token=by_token)
+        scores = {"logps": logps}
+    else:
+        if chunk is None and not keep_logits:
+            chunk = default_chunk(hidden.shape[0], head.vocabulary)
+        scores = head_scores(
+            tuple(quantities), chunk, hidden, matrix, batch.score_token, reference,
+            by_token=by_token,
+        )  # fmt: skip
     scored = batch.score_slot < _num_slots(batch)
     return {name: jnp.where(scored, x, 0.0) for name, x in scores.items()}
+
+
+@pytree
+class Head:
+    """The matrix of a policy's head as its parameters lie.
+
+    Attributes:
+        matrix: `[D, V]`, or `[V, D]` if `by_token`.
+        by_token: static; whether it is the transposed matrix, as of tied embeddings.
+    """
+
+    matrix: Array
+    by_token: bool = static_field(default=False)
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.matrix.shape[0 if self.by_token else 1]
+
+
+def head_of(policy: Policy, params: Params) -> Head:
+    """The policy's head; of tied embeddings the table itself, which nothing has to transpose."""
+    if policy.unembed_by_token is not None:
+        return Head(policy.unembed_by_token(params), by_token=True)
+    return Head(policy.unembed(params))
 
 
 def scored_hidden(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
@@ -140,23 +213,22 @@ def by_candidate(values: Array, batch: PreferenceBatch) -> Array:
 
 def default_chunk(rows: int, vocabulary: int) -> int:
     """Scored tokens of each row that meet the head at a time, on the devices of this mesh."""
+    return max(1, chunk_tokens(vocabulary) * _devices() // rows)
+
+
+def vocabulary_chunk(positions: int) -> int:
+    """Tokens of the vocabulary that meet all positions at a time."""
+    return max(MIN_CHUNK_VOCABULARY, VOCABULARY_ENTRIES // positions)
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Scored tokens whose logits exist at a time on one device."""
+    return max(MIN_CHUNK_TOKENS.get(platform(), 1024), CHUNK_ENTRIES // vocabulary)
+
+
+def _devices() -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else mesh.size
-    tokens = max(MIN_CHUNK_TOKENS.get(platform(), 1024), CHUNK_ENTRIES // vocabulary)
-    return max(1, tokens * devices // rows)
-
-
-def place_rows(batch: PreferenceBatch, mesh: Mesh) -> PreferenceBatch:
-    """A batch on the devices of a mesh; each process gives the rows that are its own."""
-    sharding = NamedSharding(mesh, ROWS)
-
-    def place(x: Array | np.ndarray) -> Array:
-        # What a scorer on this mesh has computed lies there already.
-        if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
-            return x
-        return jax.make_array_from_process_local_data(sharding, x)
-
-    return jax.tree.map(place, batch)
+    return 1 if mesh.empty else mesh.size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,9 +363,7 @@ class StoredScorer:
         self.store.put_many((kind, p, c, found[index]) for index, p, c in missing)
 
     def _local(self, x: Array) -> np.ndarray:
-        if self.scorer.mesh is not None and jax.process_count() > 1:
-            x = multihost_utils.global_array_to_host_local_array(x, self.scorer.mesh, ROWS)
-        return np.asarray(x)
+        return own_rows(x, self.scorer.mesh)
 
 
 def _anywhere(missing: list) -> bool:

@@ -166,6 +166,8 @@ class Policy:
         unembed: `(params) -> [D, V]`, the matrix of the head; scoring works on it in chunks.
         logical_axes: a pytree like params with a tuple of axis names for each array.
         decode: prefill and step over a key-value cache.
+        unembed_by_token: `(params) -> [V, D]`, the same matrix transposed, where that is how the
+            parameters lie (tied embeddings); None elsewhere.
         heads: name -> `(params, hidden [..., D]) -> [...]`, extra trained outputs whose parameters
             lie under `params["heads"][name]`.
         max_positions: longest sequence, tokens; None where there is no limit.
@@ -178,6 +180,7 @@ class Policy:
     unembed: Callable[[Params], Array]
     logical_axes: Any
     decode: Decode
+    unembed_by_token: Callable[[Params], Array] | None = None
     heads: Mapping[str, Callable[[Params, Array], Array]] = dataclasses.field(default_factory=dict)
     max_positions: int | None = None
     frozen: tuple[str, ...] = ()

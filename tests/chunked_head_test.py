@@ -45,14 +45,20 @@ def expected():
     return found
 
 
-def chunked(quantities, chunk, hidden=HIDDEN, head=HEAD, kind=jnp.float32, fixed=FIXED_HIDDEN):
+def chunked(
+    quantities, chunk, hidden=HIDDEN, head=HEAD, kind=jnp.float32, fixed=FIXED_HIDDEN, turn=False
+):
     reference = jnp.asarray(fixed, kind), jnp.asarray(FIXED_HEAD, kind)
     hidden, head = jnp.asarray(hidden, kind), jnp.asarray(head, kind)
-    return head_scores(quantities, chunk, hidden, head, jnp.asarray(TOKENS), reference)
+    head = head.T if turn else head
+    tokens = jnp.asarray(TOKENS)
+    return head_scores(quantities, chunk, hidden, head, tokens, reference, by_token=turn)
 
 
-def gradients(quantities, chunk):
-    run = lambda hidden, head: weighted(chunked(quantities, chunk, hidden, head))  # noqa: E731
+def gradients(quantities, chunk, turn=False):
+    run = lambda hidden, head: weighted(  # noqa: E731
+        chunked(quantities, chunk, hidden, head, turn=turn)
+    )
     return jax.grad(run, (0, 1))(jnp.float32(HIDDEN), jnp.float32(HEAD))
 
 
@@ -61,7 +67,7 @@ def assert_near(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64, None])
 def test_values_are_the_dense_ones_whether_the_chunk_divides_or_not(expected, chunk):
     found = chunked(QUANTITIES, chunk)
     for name in QUANTITIES:
@@ -76,9 +82,10 @@ def test_gradient_of_each_figure_is_the_dense_one(expected, quantity):
     assert_near(to_head, expected[quantity][2])
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 64])
-def test_gradients_of_several_figures_add_up(expected, chunk):
-    to_hidden, to_head = gradients(QUANTITIES, chunk)
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("chunk", [1, 4, 64, None])
+def test_gradients_of_several_figures_add_up(expected, chunk, turn):
+    to_hidden, to_head = gradients(QUANTITIES, chunk, turn)
     assert_near(to_hidden, sum(expected[name][1] for name in QUANTITIES))
     assert_near(to_head, sum(expected[name][2] for name in QUANTITIES))
 
@@ -124,8 +131,9 @@ def test_bfloat16_states_give_float32_figures_and_gradients_of_their_own_dtype(e
     np.testing.assert_allclose(to_head.astype(np.float32), wanted, atol=0.03 * np.abs(wanted).max())
 
 
-def test_large_logits_stay_finite_in_value_and_gradient():
-    found = chunked(QUANTITIES, 3, hidden=1e3 * HIDDEN)
-    run = lambda h: weighted(chunked(QUANTITIES, 3, h))  # noqa: E731
+@pytest.mark.parametrize("chunk", [3, None])
+def test_large_logits_stay_finite_in_value_and_gradient(chunk):
+    found = chunked(QUANTITIES, chunk, hidden=1e3 * HIDDEN)
+    run = lambda h: weighted(chunked(QUANTITIES, chunk, h))  # noqa: E731
     assert all(np.isfinite(x).all() for x in found.values())
     assert np.isfinite(jax.grad(run)(jnp.float32(1e3 * HIDDEN))).all()

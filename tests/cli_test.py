@@ -45,6 +45,17 @@ def experiment(monkeypatch) -> Calls:
     return calls
 
 
+@pytest.fixture(autouse=True)
+def distributed(monkeypatch) -> Calls:
+    """Stands for paxo.distributed: what it logs is no concern of the command line's."""
+    calls = Calls()
+    module = types.ModuleType("paxo.distributed")
+    module.start = calls.start
+    monkeypatch.setitem(sys.modules, "paxo.distributed", module)
+    monkeypatch.setattr(paxo, "distributed", module, raising=False)
+    return calls
+
+
 @pytest.fixture
 def file(tmp_path) -> pathlib.Path:
     path = tmp_path / "mine.py"
@@ -64,6 +75,18 @@ def test_run_passes_file_overrides_and_workdir_on(experiment, file):
     flags = ["--set", "a.b=1", "c=2", "--set", "d=x=y", "--workdir", "w"]
     assert cli.main(["run", str(file), *flags]) == 0
     assert experiment.calls == [("run_file", (file, ["a.b=1", "c=2", "d=x=y"], "w"), {})]
+
+
+def test_run_says_how_several_processes_find_one_another(experiment, distributed, file):
+    told = ["--coordinator", "host0:1", "--num-processes", "2", "--process-id=1", "-v"]
+    assert cli.main(["run", str(file), *told]) == 0
+    assert distributed.calls == [("start", ("host0:1", 2, 1), {"verbose": True})]
+    assert len(experiment.calls) == 1
+
+
+def test_only_run_starts_several_processes(experiment, distributed, file):
+    assert cli.main(["inspect", str(file)]) == 0
+    assert distributed.calls == []
 
 
 def test_the_default_run_folder_has_the_name_of_the_file(experiment, file):

@@ -13,11 +13,14 @@ PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from rows above its own, and from its own group within a row.
 ROWS = (
-    ({"types", "numerics"},),
+    ({"types", "numerics", "rows"},),
     ({"losses"},),
     ({"objectives", "metrics"}, {"models"}, {"data"}, {"judges"}),
     (
-        {"scoring", "logp_store", "chunked_head", "head_outputs", "reward_scoring"},
+        {
+            *("scoring", "logp_store", "chunked_head", "vocabulary_head", "head_outputs"),
+            "reward_scoring",
+        },
         {"sampling"},
         {"games"},
     ),
@@ -26,7 +29,7 @@ ROWS = (
     (
         {
             *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli", "rounds"),
-            *("overrides", "provenance"),
+            *("overrides", "provenance", "distributed", "clusters"),
         },
     ),
 )

@@ -190,6 +190,13 @@ def test_stateful_loss_gets_its_memory_from_the_hyper_parameters_it_names():
     assert (float(after["mean"]), int(after["steps"])) == (0.0625, 1)
 
 
+def test_a_loss_that_draws_only_with_some_settings_sees_the_whole_batch_only_with_them():
+    assert not objective("plackett_luce").whole_batch
+    assert objective("plackett_luce", ties="random").whole_batch
+    assert not objective("mppo").whole_batch
+    assert objective("mppo", form="pair_single").whole_batch
+
+
 def test_own_loss_outside_the_table_takes_changed_fields():
     goal = Objective((Term("remembering", remembering_loss, {"decay": 0.25, "scale": 2.0}),))
     assert goal.with_field("scale", 3.0).hyper_parameters == {"decay": 0.25, "scale": 3.0}

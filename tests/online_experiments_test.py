@@ -12,11 +12,11 @@ from paxo.experiment import load, run_file, settings_of
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent / "experiments"
 FILES = sorted(EXPERIMENTS.glob("*_prompts.py"))
 DATA = pathlib.Path(os.environ.get("PAXO_DATA", EXPERIMENTS.parent.parent / "shared" / "data"))
-SHORT = (
-    "sft_steps=2 num_reviews=32 num_prompts=24 evaluation.num_prompts=8 rounds.num_rounds=2 "
-    "rounds.prompts_per_round=8 rounds.evaluate_every=1 sampling.max_new_tokens=6 sample_batch=8 "
-    "row_length=64 checkpoint_every=1"
-).split()
+SHORT = [
+    *("sft_steps=2", "num_reviews=32", "num_prompts=24", "evaluation.num_prompts=8"),
+    *("rounds.num_rounds=2", "rounds.prompts_per_round=8", "rounds.evaluate_every=1"),
+    *("sampling.max_new_tokens=6", "sample_batch=8", "row_length=64", "checkpoint_every=1"),
+]
 
 
 def test_every_file_names_its_own_method():

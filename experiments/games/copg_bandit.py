@@ -24,12 +24,13 @@ import optax
 from paxo.evaluation.report import write_results
 from paxo.games import builders
 from paxo.games.expected import expected_loss
-from paxo.games.plots import plot_tables
+from paxo.games.plots import by_method, plot_tables
 from paxo.losses.nash import nash_md_pg_loss
 from paxo.losses.pairwise import ipo_loss
 from paxo.losses.regression import copg_loss
 
 BANDIT = builders.copg_bandit
+RESTING_STEPS = 60000  # of gradient descent on the exact expectation
 METHODS = ("copg", "ipo", "policy gradient", "policy gradient, value baseline")
 
 
@@ -72,8 +73,9 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
         resting = {method: resting_regret(method) for method in METHODS}
     for method, regret in resting.items():
         print(f"at rest     {method:32s} regret {regret:.6f}")
-    write_results(workdir / "results.json", tables | {"at rest": resting})
-    plot_tables(workdir / "regret.png", tables, ylabel="regret", floor=1e-6)
+    at_rest = {"exact steps of 0.5": {m: {RESTING_STEPS: x} for m, x in resting.items()}}
+    write_results(workdir / "results.json", by_method(tables | at_rest))
+    plot_tables(workdir / "regret.png", tables, xlabel="epoch", ylabel="regret", floor=1e-6)
 
 
 def loss_of(method: str, logps: jax.Array, reference: jax.Array, rewards: jax.Array, value):
@@ -125,7 +127,7 @@ def regrets(settings: Settings, rate: float, method: str, key: jax.Array) -> jax
     return jnp.append(bandit.regret(start), found)
 
 
-def resting_regret(method: str, steps: int = 60000) -> float:
+def resting_regret(method: str) -> float:
     """Regret where gradient descent on the exact expectation stops."""
     bandit = BANDIT()
 
@@ -143,5 +145,7 @@ def resting_regret(method: str, steps: int = 60000) -> float:
     def descend(logits, _):
         return logits - 0.5 * jax.grad(loss)(logits), None
 
-    logits, _ = jax.jit(lambda x: jax.lax.scan(descend, x, None, length=steps))(jnp.zeros(3))
+    logits, _ = jax.jit(lambda x: jax.lax.scan(descend, x, None, length=RESTING_STEPS))(
+        jnp.zeros(3)
+    )
     return float(bandit.regret(logits))

@@ -23,7 +23,7 @@ import optax
 from paxo.evaluation.report import write_results
 from paxo.games import builders
 from paxo.games.expected import expected_loss
-from paxo.games.plots import plot_tables
+from paxo.games.plots import by_method, plot_tables
 from paxo.games.policies import TABULAR
 from paxo.games.preference_game import PreferenceGame
 from paxo.games.solve import Update, solve
@@ -75,7 +75,7 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
                 expected = jax.nn.softmax(played.logits) @ rewards
                 table[f"{method}, {where}"] = {t: float(x) for t, x in zip(at, expected)}
                 print(f"{name:16s} {method:12s} {where:10s} reward {float(expected[-1]):.3f}")
-    write_results(workdir / "results.json", tables)
+    write_results(workdir / "results.json", by_method(tables))
     plot_tables(workdir / "rewards.png", tables, ylabel="expected reward", log_y=False)
 
 

@@ -21,7 +21,7 @@ import jax
 
 from paxo.evaluation.report import write_results
 from paxo.games import builders, exact, updates
-from paxo.games.plots import plot_tables
+from paxo.games.plots import by_method, plot_tables
 from paxo.games.solve import Update, solve
 
 AUTHORS_ETA = {0.1: 0.4, 0.01: 0.8, 0.001: 0.08}
@@ -64,7 +64,7 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
             same[f"beta {beta:g}, eta 1/(beta + 3)"] = {
                 name: gaps(update) for name, update in with_proved_step(beta).items()
             }
-    write_results(workdir / "results.json", authors | same)
+    write_results(workdir / "results.json", by_method(authors | same))
     plot_tables(workdir / "authors_step.png", authors)
     plot_tables(workdir / "same_step.png", same)
     print_last(authors | same)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from paxo.evaluation.report import write_results
 from paxo.games import builders, exact, updates
-from paxo.games.plots import plot_tables
+from paxo.games.plots import by_method, plot_tables
 from paxo.games.solve import solve
 
 
@@ -67,5 +67,5 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
                 gaps = exact.duality_gap(game, played.logits).mean(-1)
                 tables[f"tau {tau:g}"][name] = {t: float(g) for t, g in zip(at, gaps)}
                 print(f"  {name:28s} gap {float(gaps[-1]):.2e} after {at[-1]} rounds")
-    write_results(workdir / "results.json", tables)
+    write_results(workdir / "results.json", by_method(tables))
     plot_tables(workdir / "gaps.png", tables)

@@ -20,7 +20,7 @@ import jax
 
 from paxo.evaluation.report import write_results
 from paxo.games import builders, exact, updates
-from paxo.games.plots import plot_tables
+from paxo.games.plots import by_method, plot_tables
 from paxo.games.solve import solve
 
 
@@ -70,5 +70,5 @@ def run(settings: Settings, workdir: pathlib.Path) -> None:
                 table[name] = {t: float(g) for t, g in zip(at, gaps)}
             print(f"{name:24s} last {last[name][steps]:.2e}, average {average[name][steps]:.2e}")
     tables = {"last policy": last, "average policy": average}
-    write_results(workdir / "results.json", tables)
+    write_results(workdir / "results.json", by_method(tables))
     plot_tables(workdir / "gaps.png", tables)

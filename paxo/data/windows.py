@@ -1,4 +1,4 @@
-"""The windows of a set, packed: an epoch is a shuffle of the groups, cut into parts of like size."""
+"""The windows of a set, packed: an epoch is a shuffle of the groups, cut into like parts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

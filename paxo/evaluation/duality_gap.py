@@ -9,9 +9,9 @@ def duality_gap_estimate(preferences: np.ndarray, own: np.ndarray | None = None)
     r"""A lower bound on $2 (\max_{\pi'} P(\pi' \succ \pi) - 1/2)$, with a 95 % interval.
 
     For each prompt the challenger is the best of C completions against one half of the policy's
-    samples; what it wins is counted on the other half, so that luck in the choice does not count. The
-    maximum runs over these completions only: a better answer that nobody drew is not seen. 0 means
-    that none of them beats the policy; a little below 0 is noise.
+    samples; what it wins is counted on the other half, so that luck in the choice does not count.
+    The maximum runs over these completions only: a better answer that nobody drew is not seen. 0
+    means that none of them beats the policy; a little below 0 is noise.
 
     Args:
         preferences: `[B, C, E]` P(challenger beats the policy's sample), E at least 2; NaN is left

@@ -6,6 +6,7 @@ import numpy as np
 
 from paxo import metrics
 from paxo.evaluation.estimates import Estimate, bootstrap_mean
+from paxo.rows import everywhere
 from paxo.scoring import slot_lengths
 from paxo.types import PreferenceBatch, Scorer
 
@@ -24,8 +25,9 @@ def reward_accuracy(
 
     Args:
         scorer: log-probs of the policy that is measured.
-        batches: rows of host arrays with `fixed_logps["reference"]` (or "previous") attached, or
-            without: then the reward is the policy's own log-prob.
+        batches: rows with `fixed_logps["reference"]` (or "previous") attached, or without: then
+            the reward is the policy's own log-prob. Host arrays, or, with several processes,
+            placed on the mesh (`paxo.rows.place_rows`): every process finds the same figure.
         scale: beta.
         per_token: divide by lengths, as reference-free objectives do.
 
@@ -34,8 +36,8 @@ def reward_accuracy(
     """
     scores = []
     for batch in batches:
-        rewards = _rewards(scorer, batch, scale, per_token)
-        best, worst, differ = map(np.asarray, metrics.best_and_worst(batch.labels, batch.where))
+        rewards, labels, where = _judged(scorer, batch, scale, per_token)
+        best, worst, differ = map(np.asarray, metrics.best_and_worst(labels, where))
         chosen = np.take_along_axis(rewards, best[..., None], -1)[..., 0]
         rejected = np.take_along_axis(rewards, worst[..., None], -1)[..., 0]
         scores.append(np.asarray(metrics.accuracies(chosen, rejected))[differ])
@@ -61,9 +63,8 @@ def sign_accuracy(
     """
     scores = []
     for batch in batches:
-        rewards = _rewards(scorer, batch, scale, per_token)
-        labels = np.asarray(batch.labels)
-        judged = np.asarray(batch.where) & (labels != 0)
+        rewards, labels, where = _judged(scorer, batch, scale, per_token)
+        judged = where & (labels != 0)
         found = metrics.accuracies(np.sign(labels) * rewards, np.zeros_like(rewards))
         scores.append(np.asarray(found)[judged])
     if not scores or not np.concatenate(scores).size:
@@ -76,19 +77,23 @@ def nll_per_token(scorer: Scorer, batches: Iterable[PreferenceBatch]) -> Estimat
 
     Args:
         scorer: log-probs of the policy that is measured.
-        batches: rows of host arrays.
+        batches: rows as for `reward_accuracy`, with nothing attached.
     """
     losses = []
     for batch in batches:
-        lengths = np.asarray(slot_lengths(batch))
-        some = np.asarray(batch.where) & (lengths > 0)
-        losses.append(-np.asarray(scorer(batch))[some] / lengths[some])
+        found = scorer(batch), slot_lengths(batch), batch.where
+        logps, lengths, where = everywhere(found)
+        some = where & (lengths > 0)
+        losses.append(-logps[some] / lengths[some])
     return bootstrap_mean(np.concatenate(losses))
 
 
-def _rewards(scorer: Scorer, batch: PreferenceBatch, scale: float, per_token: bool) -> np.ndarray:
-    """`[R, G, K]` implicit rewards of the policy."""
-    inputs = {"policy_logps": np.asarray(scorer(batch))}
-    inputs["lengths"] = np.asarray(slot_lengths(batch))
-    inputs |= {f"{role}_logps": np.asarray(x) for role, x in batch.fixed_logps.items()}
-    return np.asarray(metrics.implicit_rewards(inputs, scale, per_token=per_token))
+def _judged(
+    scorer: Scorer, batch: PreferenceBatch, scale: float, per_token: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`[R, G, K]` implicit rewards of the policy, labels and masks of the rows of all processes."""
+    inputs = {"policy_logps": scorer(batch), "lengths": slot_lengths(batch)}
+    inputs |= {f"{role}_logps": x for role, x in batch.fixed_logps.items()}
+    inputs, labels, where = everywhere((inputs, batch.labels, batch.where))
+    rewards = metrics.implicit_rewards(inputs, scale, per_token=per_token)
+    return np.asarray(rewards), labels, where

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from paxo.games.preference_game import PreferenceGame
+from paxo.games.preference_game import PreferenceGame, mirrored
 from paxo.numerics import Array
 
 EGPO_SEED = 2018011309
@@ -76,7 +76,7 @@ def random_game(
     for_preferences, for_reference = jax.random.split(key)
     shape = (*batch_shape, num_actions, num_actions)
     drawn = jax.random.uniform(for_preferences, shape, dtype=float)
-    return _game(_mirrored(drawn), jax.random.normal(for_reference, shape[:-1], dtype=float), beta)
+    return _game(mirrored(drawn), jax.random.normal(for_reference, shape[:-1], dtype=float), beta)
 
 
 def numpy_game(
@@ -86,7 +86,7 @@ def numpy_game(
     rng = np.random.default_rng(seed)
     reference = rng.standard_normal((num_games, num_actions))
     drawn = rng.random((num_games, num_actions, num_actions))
-    return _game(_mirrored(jnp.asarray(drawn)), jnp.asarray(reference), beta)
+    return _game(mirrored(jnp.asarray(drawn)), jnp.asarray(reference), beta)
 
 
 def egpo_golden(
@@ -113,7 +113,7 @@ def egpo_golden(
     reference = stream.normals(num_games * num_actions).reshape(num_games, num_actions)
     drawn = stream.uniforms(num_games * num_actions**2)
     drawn = drawn.reshape(num_games, num_actions, num_actions)
-    return _game(_mirrored(jnp.asarray(drawn)), jnp.asarray(reference), beta)
+    return _game(mirrored(jnp.asarray(drawn)), jnp.asarray(reference), beta)
 
 
 def comal_3x3(*, beta: float, reference_logits: Array | None = None) -> PreferenceGame:
@@ -208,13 +208,6 @@ def _game(preferences: Array, reference_logits: Array | None, beta: float) -> Pr
     return PreferenceGame(
         preferences, uniform if reference_logits is None else reference_logits, beta
     )
-
-
-def _mirrored(drawn: Array) -> Array:
-    """Preferences whose strictly lower triangle is given."""
-    below = jnp.tril(drawn, -1)
-    above = jnp.triu(1 - jnp.swapaxes(below, -1, -2), 1)
-    return below + above + jnp.eye(drawn.shape[-1], dtype=drawn.dtype) / 2
 
 
 class _TorchStream:

@@ -58,10 +58,7 @@ class PreferenceGame:
         preferences, reference, beta = (x.astype(dtype) for x in given.values())
         _check_shapes(preferences, reference, beta)
         _check_values(preferences, reference, beta)
-        below = jnp.tril(preferences, -1)
-        above = jnp.triu(1 - jnp.swapaxes(preferences, -1, -2), 1)
-        half = jnp.eye(preferences.shape[-1], dtype=preferences.dtype) / 2
-        object.__setattr__(self, "preferences", below + above + half)
+        object.__setattr__(self, "preferences", mirrored(preferences))
         object.__setattr__(self, "reference_logps", jax.nn.log_softmax(reference))
         object.__setattr__(self, "beta", beta)
 
@@ -93,6 +90,18 @@ class PreferenceGame:
         return self.replace(
             preferences=self.preferences[index], reference_logps=self.reference_logps[index]
         )
+
+
+@jax.jit
+def mirrored(lower: Array) -> Array:
+    """`[..., N, N]` preferences with this strictly lower triangle: P + Pᵀ is 1 exactly.
+
+    >>> mirrored(jnp.array([[9.0, 9.0], [0.25, 9.0]])).tolist()
+    [[0.5, 0.75], [0.25, 0.5]]
+    """
+    below = jnp.tril(lower, -1)
+    above = jnp.triu(1 - jnp.swapaxes(lower, -1, -2), 1)
+    return below + above + jnp.eye(lower.shape[-1], dtype=lower.dtype) / 2
 
 
 def _flatten(game):

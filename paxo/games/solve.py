@@ -78,7 +78,7 @@ def solve(
 
     Args:
         game: one or several that are played side by side.
-        update: the method, see `paxo.games.updates`.
+        update: any method; those of `paxo.games.updates` are some. Nothing about it is known here.
         num_steps: updates.
         params: to start from; the policy's own first ones where None.
         memory: of the method at the start; what its `init` makes where None.

@@ -10,7 +10,8 @@ against whom. Gradient methods:
     egpo             the step of online_ipo_v1 twice from the same parameters, the second time
                      against where the first one led
 
-Methods in rounds, each the minimiser of a loss on the snapshot's own pairs: inpo, onpo, sppo, dno.
+Methods in rounds, each the minimiser of a loss on the snapshot's own pairs: inpo, onpo, sppo, dno,
+and iterated DPO or IPO.
 Where the minimiser has a closed form, `mirror_descent` and `optimistic_mirror_descent` are it.
 
 `eta` is everywhere the step on win rates: a tabular gradient step at rate `eta beta N / 4` is a
@@ -324,6 +325,25 @@ def onpo(*, eta: Size) -> Update:
         return fit(logits, game, t, previous=anchor), anchor
 
     return Update(step, lambda logits, game: logits)
+
+
+def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
+    """Iterative DPO, IPO and the like: each round starts from the last policy, its reference too.
+
+    The loss is fitted to pairs of the last policy's own actions. On win rates against that policy
+    IPO is then multiplicative weights of step 1 / tau; DPO fits the rewards that explain its pairs
+    best. Neither settles where preferences run in a circle.
+
+    Args:
+        loss: an objective of pairs, e.g. `objective("dpo", beta=1.0)`.
+        newton_steps: of the fit; 1 is exact for IPO.
+    """
+    fit = fitted(loss, newton_steps=newton_steps)
+
+    def step(logits, game, t, key, memory):
+        return fit(logits, game.replace(reference_logps=logits), t), memory
+
+    return Update(step)
 
 
 def comal(inner: Update, *, tau: float, every: int) -> Update:

@@ -67,6 +67,19 @@ def whole_batch(loss: Callable) -> Callable:
     return loss
 
 
+def draws_with(**hyper_parameters: Any) -> Callable[[Callable], Callable]:
+    """Marks a loss that draws with its `key` only where its hyper-parameters have these values.
+
+    Elsewhere it does not couple groups, and the step need not show it the whole batch.
+    """
+
+    def mark(loss: Callable) -> Callable:
+        loss.draws_with = hyper_parameters
+        return loss
+
+    return mark
+
+
 def unpaired(loss: Callable) -> Callable:
     """Marks a loss on single completions, which reads the sign of `labels`.
 

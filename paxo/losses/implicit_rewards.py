@@ -1,4 +1,4 @@
-"""What each loss takes for the implicit reward of a completion, for metrics and held-out accuracy."""
+"""What each loss takes for a completion's implicit reward: for metrics and held-out accuracy."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

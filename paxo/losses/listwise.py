@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from paxo.losses.contract import NonNegative, Positive
+from paxo.losses.contract import NonNegative, Positive, draws_with
 from paxo.losses.pairwise import log_ratios
 from paxo.losses.ranking import (
     Ties,
@@ -24,6 +24,7 @@ from paxo.numerics import Array, log1mexp, logsumexp, masked, safe_divide
 MppoForm = Literal["mnm", "mns", "pair_single", "mcs", "mcm", "list_mle", "point_ce", "point_mse"]
 
 
+@draws_with(ties="random")
 def plackett_luce_loss(
     policy_logps: Array,
     reference_logps: Array,
@@ -168,6 +169,7 @@ def swepo_loss(
     return masked(jax.nn.softplus(masked(gap, both)), both)
 
 
+@draws_with(form="pair_single")
 def mppo_loss(
     policy_logps: Array,
     lengths: Array,

@@ -62,8 +62,8 @@ def oreo_value_loss(
     >>> float(oreo_value_loss(logps, logps, jnp.array([[0.0, 1.0]]), mask, ones).value)
     0.5
 
-    Wang et al. 2024, arXiv:2412.16145, and the authors' code, whose flags turn R into 2R - 1 unless a
-    script sets them back; give the rewards as they are meant. No preference trainer has it.
+    Wang et al. 2024, arXiv:2412.16145, and the authors' code, whose flags turn R into 2R - 1 unless
+    a script sets them back; give the rewards as they are meant. No preference trainer has it.
     """
     keep, starts, to_go, _ = _paths(
         policy_token_logps,

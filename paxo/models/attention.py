@@ -25,7 +25,7 @@ MASKED = -1e30
 # A device computes up to `dense` scores densely, more in blocks of C = `block` tokens; then about
 # `scores` exist at a time, which on CPU a cache should hold. Measured: benchmarks/NOTES.md.
 Sizes = collections.namedtuple("Sizes", "dense block scores")
-SIZES = {"cpu": Sizes(2**20, 64, 2**18)}
+SIZES = {"cpu": Sizes(2**20, 64, 2**17)}
 SIZES_ELSEWHERE = Sizes(2**22, 128, 2**24)
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

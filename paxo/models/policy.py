@@ -15,6 +15,7 @@ from flax import nnx
 from paxo.models import transformer
 from paxo.models.attention import MASKED, packed_attention
 from paxo.models.config import ModelConfig
+from paxo.models.embedding import embed
 from paxo.models.sharding import constrain
 from paxo.types import Array, Decode, Params, Policy
 
@@ -84,6 +85,7 @@ def make_policy(config: ModelConfig) -> Policy:
             prepare=functools.partial(_prepare, config),
             select=_select,
         ),
+        unembed_by_token=_embeddings if config.tie_embeddings else None,
         max_positions=config.max_positions,
     )
 
@@ -149,7 +151,7 @@ def _run_layers(
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
-    return params["embed"]["embedding"][tokens].astype(config.compute_dtype)
+    return embed(params["embed"]["embedding"], tokens, config.compute_dtype)
 
 
 def _norm(config: ModelConfig, params: Params, x: Array) -> Array:
@@ -176,6 +178,10 @@ def _unembed(config: ModelConfig, params: Params) -> Array:
     if config.tie_embeddings:
         return params["embed"]["embedding"].T
     return params["head"]["kernel"]
+
+
+def _embeddings(params: Params) -> Array:
+    return params["embed"]["embedding"]
 
 
 def _head(config: ModelConfig, params: Params, hidden: Array) -> Array:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,26 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
-) -> jax.sharding.Mesh:
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Any = None,
+    *,
+    slice_axis: str = "data",
+) -> Mesh:
     """A mesh with the axes `data, fsdp, tensor`; one of them may be -1 and takes what is left.
 
+    Args:
+        data: copies of the parameters.
+        fsdp: ways in which their width is split.
+        tensor: ways in which heads, the SwiGLU and the vocabulary are split.
+        devices: all where None.
+        slice_axis: the axis that goes over the slower network, where the devices lie on several
+            slices (TPU slices, or nodes of GPUs).
+
     Raises:
-        ValueError: if the sizes do not multiply to the number of devices.
+        ValueError: if the sizes do not multiply to the number of devices, or the slices do not
+            divide their axis.
 
     >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
     {'data': 1, 'fsdp': 1, 'tensor': 1}
@@ -67,9 +82,30 @@ def make_mesh(
     # Auto: with the default, Explicit, an embedding lookup with both batch and embed on `fsdp` is
     # rejected.
     axis_types = (jax.sharding.AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        array = _over_slices(sizes, slices, slice_axis, devices)
+        return Mesh(array, MESH_AXES, axis_types=axis_types)
     # An axis may take a part of a side of a TPU's torus: `jax.make_mesh` does not split them.
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(placed, MESH_AXES, axis_types=axis_types)
+    array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(array, MESH_AXES, axis_types=axis_types)
+
+
+def _over_slices(sizes: list[int], slices: int, axis: str, devices: Any) -> np.ndarray:
+    """Devices by mesh axes, so that only `axis` connects one slice with another."""
+    if axis not in MESH_AXES:
+        raise ValueError(f"mesh.slice_axis must be one of {', '.join(MESH_AXES)}; got {axis!r}")
+    at = MESH_AXES.index(axis)
+    if sizes[at] % slices:
+        raise ValueError(
+            f"the devices lie on {slices} slices, which do not divide mesh.{axis}={sizes[at]}: set "
+            f"it to a multiple of {slices}, or mesh.slice_axis to another axis"
+        )
+    within, across = list(sizes), [1] * len(sizes)
+    within[at], across[at] = sizes[at] // slices, slices
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 @functools.cache
@@ -112,7 +148,7 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
-def param_shardings(logical_axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+def param_shardings(logical_axes: Any, shapes: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for every parameter.
 
     Args:

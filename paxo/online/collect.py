@@ -12,7 +12,7 @@ import numpy as np
 from paxo.online.drawing import Drawer, Drawn
 from paxo.online.groups import Group, Prompt
 from paxo.online.judging import Bench, Reward
-from paxo.online.method import Draw, Method
+from paxo.online.method import ANY_REWARD, Draw, Method
 from paxo.online.pairing import UNJUDGED, Chosen
 from paxo.types import Array, Judge, Params
 
@@ -29,8 +29,8 @@ class Collected(NamedTuple):
     Attributes:
         groups: at least one.
         figures: averages over what was drawn: "tokens" (a completion), "finished" (share),
-            "entropy_nats" (of the policy, estimated a completion: minus its log-prob), "reward/..."
-            (means), "groups", "comparisons", and "skipped/..." counts by reason.
+            "entropy_nats" (of the policy, estimated: minus the mean log-prob of its completions),
+            "reward/..." (means), "groups", "count/comparisons" and "skipped/..." by reason.
     """
 
     groups: list[Group]
@@ -44,7 +44,8 @@ class Judges:
     Attributes:
         judge: compares completions; None where the method asks none. Its answers should be checked
             (`paxo.judges.CheckedJudge(judge, missing="keep")`).
-        rewards: name -> reward function.
+        rewards: name -> reward function. One with a method `of_policy(params, key) -> reward
+            function` is asked for that of each round's policy (`paxo.online.SelfReward`).
         decode: token ids -> what judges are shown; by default the ids themselves.
         allow_unfinished: whether completions that the length limit cut are trained on.
     """
@@ -58,14 +59,22 @@ class Judges:
         """Raises ValueError where a method lacks its judge or a reward function."""
         if method.judged and self.judge is None:
             raise ValueError(f"method {method.name!r} needs a judge: give judge=...")
-        missing = [name for name in method.rewards if name not in self.rewards]
-        if missing:
-            raise ValueError(
-                f"method {method.name!r} needs the reward function {missing[0]!r}; given are "
-                f"{sorted(self.rewards)}: give rewards={{{missing[0]!r}: function}}"
-            )
-        if not method.judged and not method.rewards and not self.rewards and method.name != "hypo":
-            raise ValueError(f"method {method.name!r} needs reward functions: give rewards={{...}}")
+        for name in method.rewards:
+            if name == ANY_REWARD and not self.rewards:
+                raise ValueError(f"method {method.name!r} needs rewards: give rewards={{...}}")
+            if name != ANY_REWARD and name not in self.rewards:
+                raise ValueError(
+                    f"method {method.name!r} needs the reward function {name!r}; given are "
+                    f"{sorted(self.rewards)}: give rewards={{{name!r}: function}}"
+                )
+
+    def of_policy(self, params: Params, key: Array) -> "Judges":
+        """These judges with the rewards that the policy gives itself."""
+        bound = {
+            name: reward.of_policy(params, key) if hasattr(reward, "of_policy") else reward
+            for name, reward in self.rewards.items()
+        }
+        return dataclasses.replace(self, rewards=bound)
 
 
 def collect(
@@ -78,6 +87,7 @@ def collect(
     *,
     name: str = "round",
     opponents: Mapping[str, Params] | None = None,
+    least: int = 1,
 ) -> Collected:
     """Draws, judges and pairs the candidates of one round.
 
@@ -91,9 +101,10 @@ def collect(
         name: of the round, for errors and `Group.source`.
         opponents: policies that opponents are drawn from, where they are other ones (EGPO's second
             half).
+        least: groups that there must be, one for each step that they are dealt out to.
 
     Raises:
-        RoundError: if the judge fails, or no prompt gives a group; counts and reasons are named.
+        RoundError: if the judge fails, or fewer prompts give a group; counts and reasons are named.
     """
     for_draws, for_opponents, for_pairing, for_resets = jax.random.split(key, 4)
     asked, prefixes = _reset(method, prompts, for_resets)
@@ -105,6 +116,7 @@ def collect(
         _drawn(d, asked, opponents or policies, draw, for_opponents, method.mix)
         for d in method.opponents
     ]
+    judges = judges.of_policy(policies["policy"], jax.random.fold_in(key, 4))
     bench = _bench(method, prompts, prefixes, drawn, others, judges)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(for_pairing)))
     try:
@@ -118,17 +130,24 @@ def collect(
         ) from error
     kept, skipped = _without_nan(chosen, values)
     counts = chosen.skipped + skipped
-    if not len(kept):
-        raise RoundError(
-            f"{name}: none of {len(prompts)} prompts gave a group to train on "
-            f"({_told(counts)}); nothing of the round was kept: raise the temperature, "
-            "max_new_tokens or the number of candidates, or look at the judge"
-        )
+    if len(kept) < least:
+        raise RoundError(_too_few(name, len(kept), len(prompts), least, counts))
     groups = [_group(name, prompts, asked, drawn, chosen, values, m) for m in kept]
-    figures = _figures(bench, drawn, method, len(groups), counts)
     if counts:
         logger.info("%s: %d groups; left out: %s", name, len(groups), _told(counts))
-    return Collected(groups, figures)
+    return Collected(groups, _figures(method, bench, drawn, others, len(groups), counts))
+
+
+def _too_few(name: str, groups: int, prompts: int, least: int, counts: Mapping[str, int]) -> str:
+    found = f"{groups or 'none'} of {prompts} prompts gave a group to train on ({_told(counts)})"
+    if groups:
+        found = f"{groups} groups of {prompts} prompts ({_told(counts)}) cannot be dealt out to "
+        found += f"rounds.minibatches={least} steps"
+    return (
+        f"{name}: {found}; nothing of the round was kept: raise the temperature, max_new_tokens or "
+        f"the number of {'prompts, or lower minibatches' if groups else 'candidates'}, or look at "
+        "the judge"
+    )
 
 
 def _reset(
@@ -145,11 +164,6 @@ def _reset(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     asked, prefixes = [], []
     for prompt in prompts:
-        if not prompt.completions:
-            raise ValueError(
-                f"method {method.name!r} starts from a completion of the data set; prompt "
-                f"{prompt.index} has none: give prompts with completions, or reset=0"
-            )
         answer = prompt.completions[0]
         resets, length = rng.random() < method.reset, int(rng.integers(1, max(len(answer), 2)))
         prefix = answer[:length] if resets and len(answer) > 1 else nothing
@@ -161,12 +175,6 @@ def _reset(
 def _drawn(draw: Draw, prompts, policies, drawer: Drawer, key: Array, mix: float) -> Drawn:
     if draw.source != "data":
         return drawer(draw, policies, prompts, key, mix=mix)
-    for prompt in prompts:
-        if len(prompt.completions) < draw.count:
-            raise ValueError(
-                f"prompt {prompt.index} comes with {len(prompt.completions)} completions; the "
-                f"method takes {draw.count} from the data set"
-            )
     tokens = [[np.asarray(c, np.int32) for c in p.completions[: draw.count]] for p in prompts]
     finished = np.array([p.finished[: draw.count] for p in prompts], bool)
     return Drawn(tokens, finished, np.zeros(finished.shape, np.float32))
@@ -230,20 +238,21 @@ def _group(name, prompts, asked, drawn: list[Drawn], chosen: Chosen, values, m: 
     )
 
 
-def _figures(bench: Bench, drawn, method: Method, groups: int, counts) -> dict[str, float]:
-    own = [part for part, draw in zip(drawn, method.draws) if draw.source == "policy"] or drawn
+def _figures(method: Method, bench: Bench, drawn, others, groups, counts) -> dict[str, float]:
+    parts = [*zip(drawn, method.draws), *zip(others, method.opponents)]
+    own = [part for part, draw in parts[: len(drawn)] if draw.source == "policy"] or drawn
     lengths = [len(t) for part in own for row in part.tokens for t in row]
     figures = {
         "tokens": float(np.mean(lengths)),
         "finished": float(np.mean([part.finished.mean() for part in own])),
         "groups": float(groups),
     }
-    plain = [p for p, d in zip(drawn, method.draws) if d.source == "policy"]
+    plain = [part.logps.mean() for part, draw in parts if draw.is_plain]
     if plain:
-        figures["entropy_nats"] = float(-np.mean([part.logps.mean() for part in plain]))
+        figures["entropy_nats"] = float(-np.mean(plain))
     size = bench.num_candidates
-    for reward in method.rewards:
-        figures[f"reward/{reward}"] = float(bench.rewards(reward)[:, :size].mean())
+    for reward in bench.computed_rewards:
+        figures[f"reward/{reward}"] = float(np.nanmean(bench.rewards(reward)[:, :size]))
     figures |= {f"count/{reason}": float(n) for reason, n in bench.counts.items()}
     return figures | {f"skipped/{reason}": float(n) for reason, n in counts.items()}
 

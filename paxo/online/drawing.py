@@ -64,23 +64,26 @@ class Drawer:
         self.config, self.stop_ids, self.mesh = config, tuple(stop_ids), mesh
         self.batch_size = batch_size
 
-    def check(self, prompts: Sequence[Prompt], extra: int = 0) -> None:
+    @property
+    def max_prompt(self) -> int | None:
+        """Most tokens of a prompt that leaves room for a completion; None without a limit."""
+        limits = [p.max_positions for p in (self.policy, self.reference) if p.max_positions]
+        return min(limits) - self.config.max_new_tokens if limits else None
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a prompt that leaves no room for a completion.
 
         Args:
             prompts: all that will be drawn for.
-            extra: tokens by which a prompt may be longer when it is drawn for.
         """
-        limits = [p.max_positions for p in (self.policy, self.reference) if p.max_positions]
-        if not limits:
-            return
+        limit = self.max_prompt
         for prompt in prompts:
-            needed = len(prompt.ids) + extra + self.config.max_new_tokens
-            if needed > min(limits):
+            if limit is not None and len(prompt.ids) > limit:
                 raise ValueError(
-                    f"prompt {prompt.index} has {len(prompt.ids) + extra} tokens; with "
+                    f"prompt {prompt.index} has {len(prompt.ids)} tokens; with "
                     f"max_new_tokens={self.config.max_new_tokens} that exceeds the model's "
-                    f"{min(limits)} positions: lower it, or leave out longer prompts"
+                    f"{limit + self.config.max_new_tokens} positions: lower it, or leave out "
+                    "longer prompts"
                 )
 
     def __call__(
@@ -135,9 +138,8 @@ class Drawer:
         tokens = np.zeros((len(filled), padded_size(max(len(p.ids) for p in filled), 16)), np.int32)
         for row, prompt in zip(tokens, filled):
             row[: len(prompt.ids)] = prompt.ids
-        limit = self.policy.max_positions
-        if limit is not None:  # the padding must not be what is too long
-            tokens = tokens[:, : max(limit - self.config.max_new_tokens, 1)]
+        if self.max_prompt is not None:  # the padding must not be what is too long
+            tokens = tokens[:, : max(self.max_prompt, 1)]
         return PromptBatch(
             tokens,
             np.array([len(p.ids) for p in filled], np.int32),

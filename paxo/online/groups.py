@@ -109,8 +109,8 @@ def read_groups(path: str | os.PathLike[str]) -> list[Group]:
             groups.append(_group(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}:{number}: not a row of a round's groups ({type(error).__name__}: {error}); "
-                "remove the file: the round is then sampled anew"
+                f"{path}:{number}: not a row of a round's groups ({type(error).__name__}: "
+                f"{error}); remove the file: the round is then sampled anew"
             ) from error
     return groups
 

@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 from paxo.objectives import Objective
 
+ANY_REWARD = "*"  # in `Method.rewards`: at least one function, of whatever name
+
 Source = Literal["policy", "reference", "mixture", "average", "data"]
 SOURCES = typing.get_args(Source)
 
@@ -48,6 +50,12 @@ class Draw:
             )
         if self.count < 1:
             raise ValueError(f"Draw.count must be at least 1; got {self.count}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the policy's own distribution, as far as the row says."""
+        own = self.temperature in (None, 1) and not self.top_k and self.top_p in (None, 1)
+        return self.source == "policy" and own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +129,10 @@ class Method:
         reset: probability that a prompt is continued from a random prefix of its data set's first
             completion.
         attach: optional roles of the objective that are attached all the same.
-        by_token: whether roles are attached token by token, for `shape`, whatever the objective reads.
+        by_token: whether roles are attached token by token, for `shape`, whatever the objective
+            reads.
         rewards: names of the reward functions that the row reads; without them it cannot run.
+            `ANY_REWARD` stands for all that a run has.
         judged: whether it needs a judge.
         paper: where it is from.
     """
@@ -159,6 +169,21 @@ class Method:
     def uses(self, source: Source) -> bool:
         """Whether candidates or opponents come from there."""
         return any(draw.source == source for draw in (*self.draws, *self.opponents))
+
+    def roles(self, objective: Objective) -> tuple[str, ...]:
+        """Roles whose log-probs are attached for an objective, the row's or that of a round.
+
+        Those that it cannot do without, those of the row, and where `beta` weighs a KL to a role
+        that is optional otherwise (GRPO), that one.
+        """
+        penalised = objective.optional_roles if objective.hyper_parameters.get("beta") else ()
+        return tuple(dict.fromkeys((*objective.frozen_roles, *self.attach, *penalised)))
+
+    @property
+    def num_completions(self) -> int:
+        """Completions that each prompt must have in the data set."""
+        drawn = sum(draw.count for draw in (*self.draws, *self.opponents) if draw.source == "data")
+        return max(drawn, int(self.reset > 0))
 
     @property
     def opponents(self) -> tuple[Draw, ...]:

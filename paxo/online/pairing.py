@@ -7,7 +7,7 @@ and why. Its attribute `size` is the number of candidates of its groups; without
 
 import collections
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from paxo.sampling import rejection_sample
 
 Pairing = Callable[[Bench, np.random.Generator], "Chosen"]
 
-UNFINISHED = "no candidate finished"
+UNFINISHED = "too few candidates that may be trained on"
 EQUAL = "all candidates are equal"
 TIE = "a tie"
 UNJUDGED = "the judge gave up"
@@ -39,23 +39,16 @@ class Chosen(NamedTuple):
     skipped: collections.Counter
 
 
-def all_candidates(bench: Bench, rng: np.random.Generator, *, least: int = 2) -> Chosen:
-    """One group a prompt: its candidates in the order of the draws, those that may be trained on.
-
-    Args:
-        bench: the candidates.
-        rng: not used.
-        least: a prompt with fewer of them gives no group.
-    """
+def all_candidates(bench: Bench, rng: np.random.Generator) -> Chosen:
+    """One group a prompt: its candidates, two at least, in the order of the draws."""
     del rng
-    size, skipped, rows = bench.num_candidates, collections.Counter(), []
-    for b in range(bench.num_prompts):
-        kept = np.flatnonzero(bench.eligible[b, :size])
-        if len(kept) < least:
-            skipped[UNFINISHED] += 1
-            continue
-        rows.append((b, [*kept, *[-1] * (size - len(kept))]))
-    return _chosen(rows, size, skipped)
+    return _one_each(bench, lambda _, kept: [*kept])
+
+
+def every_candidate(bench: Bench, rng: np.random.Generator) -> Chosen:
+    """`all_candidates`, also of a prompt that has only one."""
+    del rng
+    return _one_each(bench, lambda _, kept: [*kept], least=1)
 
 
 def of_size(size: int) -> Callable[[Pairing], Pairing]:
@@ -76,35 +69,60 @@ def pairs(order: Literal["none", "winner", "drawn"] = "none") -> Pairing:
             and leaves out ties; "drawn" draws who is first with the judge's probability, as the
             theory of INPO and online IPO has it.
     """
+    if order not in ("none", "winner", "drawn"):
+        raise ValueError(f"order must be none, winner or drawn; got {order!r}")
     return of_size(2)(functools.partial(_pairs, order))
 
 
 def _pairs(order: str, bench: Bench, rng: np.random.Generator) -> Chosen:
+    first = np.tile(np.arange(bench.num_candidates // 2) * 2, (bench.num_prompts, 1))
+    return _of_pairs(order, bench, rng, first, first + 1)
+
+
+def _of_pairs(
+    order: str, bench: Bench, rng: np.random.Generator, first: np.ndarray, second: np.ndarray
+) -> Chosen:
+    """Groups of two from `[B, m]` candidates each, in that order."""
+    p = np.full(first.shape, 1.0) if order == "none" else bench.beats(first, second)
+    ahead = p > (rng.random(p.shape) if order == "drawn" else 0.5)
     skipped, rows = collections.Counter(), []
-    count = bench.num_candidates // 2
-    first, second = np.arange(count) * 2, np.arange(count) * 2 + 1
-    p = None
-    if order != "none":
-        p = np.stack(
-            [bench.preferences([i], [j])[:, i, j] for i, j in zip(first, second)], -1
-        ).reshape(bench.num_prompts, count)
-    uniform = rng.random((bench.num_prompts, count))
-    for b in range(bench.num_prompts):
-        for m, (i, j) in enumerate(zip(first, second)):
-            if not bench.eligible[b, [i, j]].all():
-                skipped[UNFINISHED] += 1
-            elif order == "none":
-                rows.append((b, [i, j]))
-            elif np.isnan(p[b, m]):
-                skipped[UNJUDGED] += 1
-            elif bench.same(b, i, j):
-                skipped[EQUAL] += 1
-            elif order == "winner" and p[b, m] == 0.5:
-                skipped[TIE] += 1
-            else:
-                ahead = uniform[b, m] < p[b, m] if order == "drawn" else p[b, m] > 0.5
-                rows.append((b, [i, j] if ahead else [j, i]))
+    for b, m in np.ndindex(p.shape):
+        i, j = int(first[b, m]), int(second[b, m])
+        if not bench.eligible[b, [i, j]].all():
+            skipped[UNFINISHED] += 1
+        elif order != "none" and bench.same(b, i, j):
+            skipped[EQUAL] += 1
+        elif np.isnan(p[b, m]):
+            skipped[UNJUDGED] += 1
+        elif order == "winner" and p[b, m] == 0.5:
+            skipped[TIE] += 1
+        else:
+            rows.append((b, [i, j] if ahead[b, m] else [j, i]))
     return _chosen(rows, 2, skipped)
+
+
+def ordered_pair(bench: Bench, rng: np.random.Generator) -> Chosen:
+    """Of candidates 0 and 1 the preferred one first; the others follow (XPO, VPO)."""
+    return _with_others(bench, _first_two("winner", bench, rng))
+
+
+def given_pair(bench: Bench, rng: np.random.Generator) -> Chosen:
+    """Candidates 0 and 1 as the data set has them, chosen first; the others follow (HyPO)."""
+    return _with_others(bench, _first_two("none", bench, rng))
+
+
+def _first_two(order: str, bench: Bench, rng: np.random.Generator) -> Chosen:
+    zeros = np.zeros((bench.num_prompts, 1), int)
+    return _of_pairs(order, bench, rng, zeros, zeros + 1)
+
+
+def _with_others(bench: Bench, chosen: Chosen) -> Chosen:
+    """The pairs with all other candidates that may be trained on behind them."""
+    rows = []
+    for b, pair in zip(chosen.prompt.tolist(), chosen.indices.tolist()):
+        kept = np.flatnonzero(bench.eligible[b, : bench.num_candidates]).tolist()
+        rows.append((b, [*pair, *(k for k in kept if k not in pair)]))
+    return _chosen(rows, bench.num_candidates, chosen.skipped)
 
 
 def best_and_worst(by: str = "preferences", *, rest: bool = False) -> Pairing:
@@ -112,7 +130,8 @@ def best_and_worst(by: str = "preferences", *, rest: bool = False) -> Pairing:
 
     Args:
         by: "preferences" counts wins against the other candidates, a comparison with itself as 1/2;
-            else the name of a reward function.
+            else the name of a reward function. Candidates that the judge gave up on, or that have
+            no reward, are not among them.
         rest: the others follow in the order of the draws (SELM).
     """
     found = functools.partial(_best_and_worst, by, rest)
@@ -121,30 +140,19 @@ def best_and_worst(by: str = "preferences", *, rest: bool = False) -> Pairing:
 
 def _best_and_worst(by: str, rest: bool, bench: Bench, rng: np.random.Generator) -> Chosen:
     del rng
-    size = bench.num_candidates
-    scores = win_rates_among(bench) if by == "preferences" else bench.rewards(by)[:, :size]
-    skipped, rows = collections.Counter(), []
-    for b in range(bench.num_prompts):
-        kept = np.flatnonzero(bench.eligible[b, :size])
-        if len(kept) < 2:
-            skipped[UNFINISHED] += 1
-            continue
+    scores = win_rates_among(bench) if by == "preferences" else bench.rewards(by)
+
+    def extremes(b: int, kept: np.ndarray) -> list[int] | str:
         if all(bench.same(b, kept[0], k) for k in kept[1:]):
-            skipped[EQUAL] += 1
-            continue
-        judged = kept[~np.isnan(scores[b, kept])]
+            return EQUAL
+        judged = _with_score(scores[b], kept)
         if len(judged) < 2:
-            skipped[UNJUDGED] += 1
-            continue
-        best = judged[np.argmax(scores[b, judged])]
-        worst = judged[np.argmin(scores[b, judged])]
-        if scores[b, best] == scores[b, worst]:
-            skipped[TIE] += 1
-            continue
-        others = [k for k in kept if k not in (best, worst)] if rest else []
-        missing = [-1] * (size - 2 - len(others)) if rest else []
-        rows.append((b, [best, worst, *others, *missing]))
-    return _chosen(rows, size if rest else 2, skipped)
+            return UNJUDGED
+        best, worst = (judged[f(scores[b, judged])] for f in (np.argmax, np.argmin))
+        return TIE if scores[b, best] == scores[b, worst] else [best, worst]
+
+    found = _one_each(bench, extremes, size=2)
+    return _with_others(bench, found) if rest else found
 
 
 @of_size(2)
@@ -152,50 +160,54 @@ def tournament(bench: Bench, rng: np.random.Generator) -> Chosen:
     """INPO's: knock-out for the best, for the worst among the first round's losers, then both meet.
 
     Eight candidates take 11 comparisons instead of 28. A pair is kept only if the judge prefers the
-    best to the worst. A candidate that may not be trained on loses every match unasked.
+    best to the worst. A candidate that may not be trained on loses every match unasked; a prompt of
+    which the judge gave up on a match is left out.
     """
     del rng
     size = bench.num_candidates
     if size < 2:
         raise ValueError(f"a tournament needs at least 2 candidates; got {size}")
-    everyone = np.tile(np.arange(size), (bench.num_prompts, 1))
-    winners, losers = _matches(bench, everyone)
-    best, worst = winners, losers
+    unjudged = np.zeros(bench.num_prompts, bool)
+    best, worst = _matches(bench, np.tile(np.arange(size), (bench.num_prompts, 1)), unjudged)
     while best.shape[1] > 1:
-        best = _matches(bench, best)[0]
+        best = _matches(bench, best, unjudged)[0]
     while worst.shape[1] > 1:
-        worst = _matches(bench, worst)[1]
-    best, worst = best[:, 0], worst[:, 0]
-    p = bench.beats(best[:, None], worst[:, None])[:, 0]
-    skipped, rows = collections.Counter(), []
-    for b in range(bench.num_prompts):
-        if not bench.eligible[b, [best[b], worst[b]]].all():
-            skipped[UNFINISHED] += 1
-        elif np.isnan(p[b]):
-            skipped[UNJUDGED] += 1
-        elif bench.same(b, best[b], worst[b]):
-            skipped[EQUAL] += 1
-        elif p[b] <= 0.5:
-            skipped[TIE] += 1
-        else:
-            rows.append((b, [best[b], worst[b]]))
-    return _chosen(rows, 2, skipped)
+        worst = _matches(bench, worst, unjudged)[1]
+    p = bench.beats(best, worst)[:, 0]
+
+    def final(b: int, kept: np.ndarray) -> list[int] | str:
+        i, j = int(best[b, 0]), int(worst[b, 0])
+        if not np.isin([i, j], kept).all():
+            return UNFINISHED
+        if bench.same(b, i, j):
+            return EQUAL
+        if unjudged[b] or np.isnan(p[b]):
+            return UNJUDGED
+        return [i, j] if p[b] > 0.5 else TIE
+
+    return _one_each(bench, final, size=2)
 
 
-def _matches(bench: Bench, players: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Winners and losers of neighbours' matches; one without a neighbour is in both."""
+def _matches(
+    bench: Bench, players: np.ndarray, unjudged: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[B, m]` winners and losers of neighbours' matches; one without a neighbour is in both.
+
+    Marks in `unjudged` the prompts in which a match was not answered.
+    """
     even = players.shape[1] // 2 * 2
     first, second, left = players[:, 0:even:2], players[:, 1:even:2], players[:, even:]
-    p = np.nan_to_num(bench.beats(first, second), nan=0.5)
+    p = bench.beats(first, second)
     rows = np.arange(bench.num_prompts)[:, None]
-    able = bench.eligible[rows, first], bench.eligible[rows, second]
-    ahead = np.where(able[0] == able[1], p >= 0.5, able[0])
+    able, other_able = bench.eligible[rows, first], bench.eligible[rows, second]
+    unjudged |= (np.isnan(p) & able & other_able).any(1)
+    ahead = np.where(able & other_able, p >= 0.5, able)
     winners, losers = np.where(ahead, first, second), np.where(ahead, second, first)
     return np.concatenate([winners, left], 1), np.concatenate([losers, left], 1)
 
 
 def margin_pairs(
-    score: str = "reward", *, good: float = 5.0, margin: float = 2.0, own_margin: float = 1.0
+    score: str = "points", *, good: float = 5.0, margin: float = 2.0, own_margin: float = 1.0
 ) -> Pairing:
     """DNO-Prct's: a good answer, and one far enough below it.
 
@@ -204,7 +216,7 @@ def margin_pairs(
     paper trains on such pairs without saying which of several; this takes one a prompt.
 
     Args:
-        score: reward function with a score in points (0 to 6 in the paper).
+        score: reward function with a score in points, 0 to 6 in the paper.
         good: least score of a winner.
         margin: least distance to a loser if the winner comes from the data set (the teacher).
         own_margin: the same if it is the policy's own.
@@ -213,43 +225,19 @@ def margin_pairs(
 
 
 def _margin_pairs(score, good, margin, own_margin, bench: Bench, rng) -> Chosen:
-    size = bench.num_candidates
-    scores = bench.rewards(score)[:, :size]
-    skipped, rows = collections.Counter(), []
-    for b in range(bench.num_prompts):
-        kept = np.flatnonzero(bench.eligible[b, :size])
+    scores = bench.rewards(score)
+
+    def pair(b: int, kept: np.ndarray) -> list[int] | str:
+        kept = _with_score(scores[b], kept)
         if len(kept) < 2:
-            skipped[UNFINISHED] += 1
-            continue
+            return UNJUDGED
         best = kept[np.argmax(scores[b, kept])]
         needed = margin if bench.sources[best] == "data" else own_margin
         below = kept[scores[b, kept] <= scores[b, best] - needed]
-        if scores[b, best] < good or not len(below):
-            skipped[NO_PAIR] += 1
-            continue
-        rows.append((b, [best, rng.choice(below)]))
-    return _chosen(rows, 2, skipped)
+        far = scores[b, best] >= good and len(below)
+        return [best, rng.choice(below)] if far else NO_PAIR
 
-
-def ordered_pair(bench: Bench, rng: np.random.Generator) -> Chosen:
-    """Of candidates 0 and 1 the preferred one first; the others follow (XPO, VPO)."""
-    first = _pairs("winner", _FirstTwo(bench), rng)
-    size, rows = bench.num_candidates, []
-    for b, pair in zip(first.prompt, first.indices.tolist()):
-        others = [k for k in range(2, size) if bench.eligible[b, k]]
-        rows.append((b, [*pair, *others, *[-1] * (size - 2 - len(others))]))
-    return _chosen(rows, size, first.skipped)
-
-
-class _FirstTwo:
-    """A bench of which only the first two candidates are seen."""
-
-    def __init__(self, bench: Bench):
-        self._bench = bench
-        self.num_candidates = 2
-
-    def __getattr__(self, name: str):
-        return getattr(self._bench, name)
+    return _one_each(bench, pair, size=2)
 
 
 def filtered(
@@ -269,19 +257,20 @@ def filtered(
 
 
 def _filtered(rule: str, reward: str, bench: Bench, rng: np.random.Generator) -> Chosen:
-    size = bench.num_candidates
-    scores, skipped, rows = bench.rewards(reward)[:, :size], collections.Counter(), []
-    for b in range(bench.num_prompts):
-        kept = np.flatnonzero(bench.eligible[b, :size])
+    scores = bench.rewards(reward)
+
+    def group(b: int, kept: np.ndarray) -> list[int] | str:
+        kept = _with_score(scores[b], kept)
         if len(kept) < 2:
-            skipped[UNFINISHED] += 1
-            continue
+            return UNJUDGED
         best = kept[np.argmax(scores[b, kept])]
         others = kept[kept != best]
-        worst = others[np.argmin(scores[b, others])]
-        second = {"best_worst": [worst], "best_random": [rng.choice(others)], "best": []}[rule]
-        rows.append((b, [best, *second]))
-    return _chosen(rows, 1 if rule == "best" else 2, skipped)
+        if rule == "best":
+            return [best]
+        second = others[np.argmin(scores[b, others])] if rule == "best_worst" else None
+        return [best, rng.choice(others) if second is None else second]
+
+    return _one_each(bench, group, size=1 if rule == "best" else 2)
 
 
 def accepted_pairs(num: int = 8, beta: float = 0.5, reward: str = "reward") -> Pairing:
@@ -301,30 +290,21 @@ def accepted_pairs(num: int = 8, beta: float = 0.5, reward: str = "reward") -> P
 
 def _accepted_pairs(num, beta, reward, bench: Bench, rng: np.random.Generator) -> Chosen:
     size = bench.num_candidates
-    distinct = np.array(
-        [[not any(bench.same(b, k, j) for j in range(k)) for k in range(size)]
-         for b in range(bench.num_prompts)]
-    )  # fmt: skip
-    key = jax.random.key(int(rng.integers(2**31)))
-    kept = rejection_sample(
-        key, bench.rewards(reward)[:, :size], np.arange(bench.num_prompts, dtype=np.int32),
-        num=num, beta=beta, where=distinct & bench.eligible[:, :size],
-    )  # fmt: skip
-    indices, there = np.asarray(kept.indices), np.asarray(kept.where)
-    p = bench.beats(indices[:, 0::2], indices[:, 1::2])
-    skipped, rows = collections.Counter(), []
-    for b in range(bench.num_prompts):
-        for m in range(num // 2):
-            i, j = indices[b, 2 * m], indices[b, 2 * m + 1]
-            if not there[b, 2 * m + 1]:
-                skipped[EQUAL] += 1
-            elif np.isnan(p[b, m]):
-                skipped[UNJUDGED] += 1
-            elif p[b, m] == 0.5:
-                skipped[TIE] += 1
-            else:
-                rows.append((b, [i, j] if p[b, m] > 0.5 else [j, i]))
-    return _chosen(rows, 2, skipped)
+    pool = bench.eligible[:, :size].copy()  # of equal candidates the first
+    for b, k in np.argwhere(pool):
+        pool[b, k] = not any(bench.same(b, k, j) for j in np.flatnonzero(pool[b, :k]))
+    accepted = rejection_sample(
+        jax.random.key(int(rng.integers(2**31))),
+        bench.rewards(reward)[:, :size],
+        np.arange(bench.num_prompts, dtype=np.int32),
+        num=num,
+        beta=beta,
+        where=pool,
+    )
+    indices, there = np.asarray(accepted.indices), np.asarray(accepted.where)
+    first, second = indices[:, 0::2], indices[:, 1::2]
+    second = np.where(there[:, 1::2], second, first)  # too few were distinct: equal, and left out
+    return _of_pairs("winner", bench, rng, first, second)
 
 
 def win_rates_among(bench: Bench) -> np.ndarray:
@@ -332,12 +312,40 @@ def win_rates_among(bench: Bench) -> np.ndarray:
     return bench.among_candidates().mean(-1)
 
 
-def _chosen(
-    rows: Iterable[tuple[int, list[int]]], size: int, skipped: collections.Counter
+def _with_score(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return kept[~np.isnan(scores[kept])]
+
+
+def _one_each(
+    bench: Bench,
+    group_of: Callable[[int, np.ndarray], Sequence[int] | str],
+    *,
+    least: int = 2,
+    size: int | None = None,
 ) -> Chosen:
-    rows = list(rows)
-    return Chosen(
-        np.array([b for b, _ in rows], np.int64),
-        np.array([row for _, row in rows], np.int64).reshape(-1, size),
-        skipped,
-    )
+    """A group of each prompt.
+
+    Args:
+        bench: the candidates.
+        group_of: `(prompt, its candidates that may be trained on) -> group`, or why there is none.
+        least: a prompt with fewer such candidates is not asked for.
+        size: candidates of a group; all where None.
+    """
+    skipped, rows = collections.Counter(), []
+    for b in range(bench.num_prompts):
+        kept = np.flatnonzero(bench.eligible[b, : bench.num_candidates])
+        found = group_of(b, kept) if len(kept) >= least else UNFINISHED
+        if isinstance(found, str):
+            skipped[found] += 1
+        else:
+            rows.append((b, found))
+    return _chosen(rows, bench.num_candidates if size is None else size, skipped)
+
+
+def _chosen(
+    rows: Sequence[tuple[int, Sequence[int]]], size: int, skipped: collections.Counter
+) -> Chosen:
+    indices = np.full((len(rows), size), -1)
+    for row, (_, group) in zip(indices, rows):
+        row[: len(group)] = group
+    return Chosen(np.array([b for b, _ in rows], np.int64), indices, skipped)

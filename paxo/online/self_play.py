@@ -6,16 +6,15 @@
         policy   = minimise(objective on groups, its anchors attached)
         anchors move
 
-What the loop needs to go on lies in three places: parameters, moments and anchors in the checkpoint,
-with the number of the round and of the step in it; the round's groups in their file, written whole
-before the first step on them; everything else follows from the seed. A run that was killed goes on
-to the same bits.
+What the loop needs to go on lies in three places: parameters, moments and anchors in the
+checkpoint, with the number of the round and of the step in it; the round's groups in their file,
+written whole before the first step on them; everything else follows from the seed. A run that was
+killed goes on to the same bits.
 """
 
 import dataclasses
 import functools
-import json
-import logging
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,73 +25,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from paxo.objectives import Objective
+from paxo.online import anchors as anchoring
+from paxo.online.anchors import Anchors
 from paxo.online.collect import Collected, Judges, collect
 from paxo.online.drawing import Drawer
-from paxo.online.groups import Group, Prompt, read_groups, write_groups
+from paxo.online.groups import Group, Prompt
 from paxo.online.method import Method
+from paxo.online.round_files import RoundFiles
+from paxo.online.settings import RoundSettings
 from paxo.online.shaping import Tools
 from paxo.scoring import attach_logps, make_scorer, place_rows
 from paxo.training.checkpoint import Checkpointer
-from paxo.training.loop import fit
+from paxo.training.loop import NonFiniteLossError, fit
 from paxo.training.state import TrainState, init_state, snapshot, state_shardings
 from paxo.training.step import compile_step, make_train_step
 from paxo.training.writers import Writer
-from paxo.types import Array, Params, Policy, PreferenceBatch
-
-logger = logging.getLogger(__name__)
+from paxo.types import Params, Policy, PreferenceBatch
 
 Pack = Callable[[Sequence[Group]], PreferenceBatch]
 Evaluate = Callable[[Params, Params, int], Mapping[str, float]]
-ROUNDS = "rounds"
-
-
-@dataclasses.dataclass(frozen=True)
-class RoundSettings:
-    """How many rounds, of what.
-
-    Attributes:
-        num_rounds: rounds of the run.
-        prompts_per_round: prompts that are answered in a round.
-        epochs: times that a round's groups are trained on.
-        minibatches: steps of an epoch; the round's groups are dealt out to them.
-        evaluate_every: rounds between evaluations; 0 only after the last.
-        seed: of the order of prompts, all draws and shuffles.
-    """
-
-    num_rounds: int
-    prompts_per_round: int = 64
-    epochs: int = 1
-    minibatches: int = 1
-    evaluate_every: int = 1
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("num_rounds", "prompts_per_round", "epochs", "minibatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rounds.{name} must be at least 1; got {getattr(self, name)}")
-        if self.evaluate_every < 0:
-            raise ValueError(
-                f"rounds.evaluate_every must not be negative; got {self.evaluate_every}"
-            )
-
-    def check(self, method: Method, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError for what a method or the prompts do not allow."""
-        if method.schedule.extragradient and self.epochs * self.minibatches != 1:
-            raise ValueError(
-                f"method {method.name!r} draws new opponents within a round, which is one step: "
-                f"rounds.epochs and rounds.minibatches must be 1; got {self.epochs} and "
-                f"{self.minibatches}"
-            )
-        if len(prompts) < self.prompts_per_round:
-            raise ValueError(
-                f"rounds.prompts_per_round={self.prompts_per_round}, but there are {len(prompts)} "
-                "prompts: lower it or give more"
-            )
-
-    def steps_per_round(self, method: Method) -> int:
-        """Optimiser steps of a round."""
-        fits = 2 if method.schedule.optimistic else 1
-        return fits * self.epochs * self.minibatches
 
 
 class PlayResult(NamedTuple):
@@ -128,7 +79,7 @@ def play(
     frozen: Mapping[str, Params] | None = None,
     evaluate: Evaluate | None = None,
     checkpointer: Checkpointer | None = None,
-    make_writer: Callable[[int], Writer] | None = None,
+    make_writer: Callable[[int, int], Writer] | None = None,
     log_every: int = 1,
 ) -> PlayResult:
     """Plays all rounds, or those that are left of a run that was stopped.
@@ -147,10 +98,12 @@ def play(
         param_shardings: where each parameter lies on it.
         workdir: its folder `rounds` holds what each round was trained on.
         microbatches: parts of a step.
-        frozen: role -> parameters of further frozen policies ("dpo" for RTO).
+        frozen: role -> parameters of further frozen policies ("dpo" for RTO); "reference" is the
+            first reference, where it is not the policy that training starts from.
         evaluate: `(params, snapshot's params, round) -> figures` after a round.
         checkpointer: keeps state and anchors.
-        make_writer: `(step that the run goes on from) -> writer` of metrics.
+        make_writer: `(step, round) -> writer` of metrics of a run that goes on from there: so many
+            steps and whole rounds have been told before.
         log_every: steps between lines of metrics.
 
     Raises:
@@ -158,24 +111,40 @@ def play(
             again.
         ValueError: method, judges, prompts and settings do not go together.
     """
+    frozen = dict(frozen or {})
     judges.check(method)
-    settings.check(method, prompts)
-    answers = [len(p.completions[0]) for p in prompts if p.completions] if method.reset else []
-    draw.check(prompts, extra=max(answers, default=0))
+    settings.check(method, prompts, frozen)
+    draw.check([_longest(prompt, method) for prompt in prompts])
+    if jax.process_count() > 1:
+        raise ValueError("self-play runs in one process; there are several: use its devices alone")
+    steps = settings.num_rounds * settings.steps_per_round(method)
     run = _Run(
-        policy, method, optimizer, list(prompts), settings, draw, judges, pack, mesh,
-        param_shardings, pathlib.Path(workdir), microbatches, dict(frozen or {}), snapshot(params),
-    )  # fmt: skip
+        policy=policy,
+        method=method,
+        optimizer=optimizer.build(steps) if hasattr(optimizer, "build") else optimizer,
+        prompts=list(prompts),
+        settings=settings,
+        draw=draw,
+        judges=judges,
+        pack=pack,
+        mesh=mesh,
+        param_shardings=param_shardings,
+        files=RoundFiles(workdir, None if judges.decode is tuple else judges.decode),
+        microbatches=microbatches,
+        frozen=frozen,
+        first=snapshot(params),
+        reference=snapshot(frozen.get("reference", params)),
+    )
     state, anchors, place = run.start(checkpointer)
-    writer = None if make_writer is None else make_writer(int(state.step))
+    writer = None if make_writer is None else make_writer(int(state.step), place.round)
     history: list[dict[str, float]] = []
     try:
         while place.round < settings.num_rounds:
-            number, began, before = place.round, time.perf_counter(), int(state.step)
+            began, before = time.perf_counter(), int(state.step)
             state, anchors, figures = run.round(
                 place, state, anchors, checkpointer=checkpointer, writer=writer, log_every=log_every
             )
-            place = _Place(number + 1, 0)
+            place = _Place(place.round + 1, 0)
             last = place.round == settings.num_rounds
             if evaluate is not None and (last or _falls_on(place.round, settings.evaluate_every)):
                 scores = dict(evaluate(state.params, anchors["snapshot"], place.round))
@@ -195,6 +164,14 @@ def play(
     return PlayResult(state, anchors, history)
 
 
+def _longest(prompt: Prompt, method: Method) -> Prompt:
+    """The prompt as long as it may be drawn for: with all but one token of its answer."""
+    if not method.reset:
+        return prompt
+    ids = np.concatenate([prompt.ids, prompt.completions[0][:-1]])
+    return dataclasses.replace(prompt, ids=ids)
+
+
 class _Place(NamedTuple):
     """Where a run stands: the next step is number `step` of round `round`, both from 0."""
 
@@ -202,34 +179,46 @@ class _Place(NamedTuple):
     step: int
 
 
+@dataclasses.dataclass(eq=False)
 class _Run:
     """What stays the same over all rounds."""
 
-    def __init__(self, policy, method, optimizer, prompts, settings, draw, judges, pack, mesh,
-                 placed, workdir, microbatches, frozen, first):  # fmt: skip
-        self.policy, self.method, self.settings = policy, method, settings
-        self.prompts, self.draw, self.judges, self.pack = prompts, draw, judges, pack
-        self.mesh, self.workdir, self.frozen, self.first = mesh, workdir, frozen, first
-        self.microbatches, self.placed = microbatches, placed
-        steps = settings.num_rounds * settings.steps_per_round(method)
-        self.optimizer = optimizer.build(steps) if hasattr(optimizer, "build") else optimizer
-        self.key = jax.random.key(settings.seed)
-        self._steps: dict[Any, Any] = {}
+    policy: Policy
+    method: Method
+    optimizer: Any
+    prompts: list[Prompt]
+    settings: RoundSettings
+    draw: Drawer
+    judges: Judges
+    pack: Pack
+    mesh: Mesh
+    param_shardings: Any
+    files: RoundFiles
+    microbatches: int
+    frozen: dict[str, Params]
+    first: Params
+    reference: Params
 
-    # --- the state ---
-
-    def start(self, checkpointer: Checkpointer | None) -> tuple[TrainState, dict, _Place]:
-        """The newest checkpoint, or the beginning."""
+    def __post_init__(self):
+        self.schedule = self.method.schedule
+        self.key = jax.random.key(self.settings.seed)
         begin = functools.partial(
             init_state, objective=self.method.objective, optimizer=self.optimizer
         )
-        make = lambda params, key: begin(params, key=key)  # noqa: E731
-        key = jax.random.fold_in(self.key, 1)
-        abstract = jax.eval_shape(make, self.first, key)
-        self.shardings = state_shardings(abstract, self.placed, self.optimizer)
+        self._make = lambda params, key: begin(params, key=key)
+        self._state_key = jax.random.fold_in(self.key, 1)
+        self._abstract = jax.eval_shape(self._make, self.first, self._state_key)
+        self.shardings = state_shardings(self._abstract, self.param_shardings, self.optimizer)
+        self._compiled: tuple[Objective, dict] | None = None
+
+    # --- the state ---
+
+    def start(self, checkpointer: Checkpointer | None) -> tuple[TrainState, Anchors, _Place]:
+        """The newest checkpoint, or the beginning."""
+        names = anchoring.names(self.schedule)
         if checkpointer is not None:
-            wanted = _saved(abstract, dict.fromkeys(self._kept, abstract.params))
-            lies = _saved(self.shardings, dict.fromkeys(self._kept, self.placed))
+            wanted = _saved(self._abstract, dict.fromkeys(names, self._abstract.params))
+            lies = _saved(self.shardings, dict.fromkeys(names, self.param_shardings))
             found = checkpointer.restore_latest(
                 jax.tree.map(
                     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, lies
@@ -239,59 +228,45 @@ class _Run:
                 saved, position, _ = found
                 anchors = dict(saved.pop("anchors"))
                 return TrainState(**saved), anchors, _Place(position["round"], position["step"])
-        state = jax.jit(make, out_shardings=self.shardings)(snapshot(self.first), key)
-        anchors = {name: snapshot(self.first) for name in self._kept}
-        return state, anchors, _Place(0, 0)
-
-    @property
-    def _kept(self) -> list[str]:
-        """Names of the anchors that this method has."""
-        schedule = self.method.schedule
-        names = {
-            "reference": schedule.reference_every,
-            "ahead": schedule.extrapolation,
-            "anchor": schedule.optimistic,
-            "average": schedule.average,
-        }
-        return ["snapshot", *(name for name, used in names.items() if used)]
+        make = jax.jit(self._make, out_shardings=self.shardings)
+        state = make(snapshot(self.first), self._state_key)
+        own = {"reference": self.reference}
+        return state, {n: snapshot(own.get(n, self.first)) for n in names}, _Place(0, 0)
 
     # --- a round ---
 
     def round(
-        self, place: _Place, state: TrainState, anchors: dict[str, Params], **kept: Any
-    ) -> tuple[TrainState, dict[str, Params], dict[str, float]]:
+        self, place: _Place, state: TrainState, anchors: Anchors, **kept: Any
+    ) -> tuple[TrainState, Anchors, dict[str, float]]:
         """One round from its beginning, or from a step within it."""
-        number, schedule = place.round, self.method.schedule
         if place.step == 0:
             anchors = anchors | {"snapshot": snapshot(state.params)}
-        objective = self._objective(number)
-        if schedule.extragradient:
-            state, figures = self._extragradient(place, state, anchors, objective, **kept)
-        else:
-            collected = self._collected(number, f"{number:04d}", anchors)
-            figures = collected.figures
-            state, anchors = self._fits(place, state, anchors, objective, collected, **kept)
-        state, anchors = self._moved(number, state, anchors)
+        one_round = self._extragradient if self.schedule.extragradient else self._fits
+        objective = self._objective(place.round)
+        state, anchors, figures = one_round(place, state, anchors, objective, **kept)
+        state, anchors = anchoring.moved(self.schedule, place.round, state, anchors)
         return state, anchors, {f"round/{name}": x for name, x in figures.items()}
 
-    def _fits(self, place, state, anchors, objective, collected, **kept):
+    def _fits(self, place, state, anchors, objective, **kept):
         """All steps of a round; an optimistic one fits its anchor first, then the policy."""
-        per_fit = self.settings.epochs * self.settings.minibatches
-        groups = self._with_replay(place.round, collected.groups)
-        fits = range(self.settings.steps_per_round(self.method) // per_fit)
-        for fit_number in fits:
-            begin = max(place.step - fit_number * per_fit, 0)
+        collected = self._collected(place.round, anchors)
+        groups = collected.groups + self.files.replayed(
+            place.round, len(collected.groups), self.schedule, self.settings.seed
+        )
+        per_fit = self.settings.steps_per_fit
+        for before in range(0, self.settings.steps_per_round(self.method), per_fit):
+            begin = max(place.step - before, 0)
             if begin >= per_fit:
                 continue
-            if self.method.schedule.optimistic and begin == 0:
-                if fit_number == 0:
+            if self.schedule.optimistic and begin == 0:
+                if before == 0:
                     state = state.replace(params=snapshot(anchors["anchor"]))
                 else:
                     anchors = anchors | {"anchor": snapshot(state.params)}
             batches = self._batches(place.round, groups, anchors, objective)
-            feed = _Feed(batches, place.round, fit_number * per_fit, begin)
+            feed = _Feed(batches, place.round, before, begin)
             state = self._fit(state, anchors, objective, feed, **kept)
-        return state, anchors
+        return state, anchors, collected.figures
 
     def _fit(self, state, anchors, objective, feed, *, checkpointer, writer, log_every):
         saver = None if checkpointer is None else _Saver(checkpointer, anchors)
@@ -310,147 +285,100 @@ class _Run:
         """The same step twice from one state: nothing needs restoring, as the state is a value."""
         number = place.round
         if place.step:  # it was stopped after the step
-            return state, self._collected(number, f"{number:04d}", anchors).figures
-        collected = self._collected(number, f"{number:04d}-half", anchors)
+            return state, anchors, self._collected(number, anchors).figures
+        collected = self._collected(number, anchors, "-half")
         batch = self._batches(number, collected.groups, anchors, objective)[0]
-        half, _ = self._step(objective, donate=False)(state, batch)
+        half, metrics = self._step(objective, donate=False)(state, batch)
+        if not all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm")):
+            raise NonFiniteLossError(
+                f"loss or grad_norm of the first half of round {number} is not finite: look at "
+                f"{self.files.groups(f'{number:04d}-half')}, lower the learning rate or clip the "
+                "gradient"
+            )
         against = self._policies(anchors) | {"policy": half.params}
-        collected = self._collected(number, f"{number:04d}", anchors, opponents=against)
+        collected = self._collected(number, anchors, opponents=against)
         batches = self._batches(number, collected.groups, anchors, objective)
         state = self._fit(state, anchors, objective, _Feed(batches, number, 0, 0), **kept)
-        return state, collected.figures
-
-    def _moved(self, number, state, anchors):
-        """State and anchors after a round."""
-        schedule, anchors = self.method.schedule, dict(anchors)
-        if schedule.extrapolation:
-            fitted = snapshot(state.params)
-            if number > 0:
-                ahead = _extrapolated(fitted, anchors["ahead"], schedule.extrapolation)
-                state = state.replace(params=ahead)
-            anchors["ahead"] = fitted
-        if schedule.average:
-            anchors["average"] = _averaged(anchors["average"], state.params, schedule.average)
-        if _falls_on(number + 1, schedule.reference_every):
-            anchors["reference"] = snapshot(state.params)
-        return state, anchors
+        return state, anchors, collected.figures
 
     # --- data ---
 
-    def _collected(self, number, name, anchors, opponents=None) -> Collected:
+    def _collected(self, number: int, anchors: Anchors, half: str = "", opponents=None):
         """A round's groups: those in its file if it was written, else sampled and written."""
-        file = self.workdir / ROUNDS / f"{name}.jsonl"
-        figures = file.with_suffix(".json")
-        if file.exists():
-            logger.info("round %d: its groups are read from %s", number, file)
-            return Collected(read_groups(file), json.loads(figures.read_text(encoding="utf-8")))
-        key = jax.random.fold_in(jax.random.fold_in(self.key, 2 + number), "half" in name)
-        found = collect(
-            self.method,
-            self._prompts(number),
-            self._policies(anchors),
-            self.draw,
-            self.judges,
-            key,
-            name=f"round {name}",
-            opponents=opponents,
-        )
-        decode = None if self.judges.decode is tuple else self.judges.decode
-        figures.parent.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(found.figures, indent=2) + "\n", encoding="utf-8")
-        write_groups(file, found.groups, decode)  # last: with this file the round counts as drawn
-        return found
+        name = f"{number:04d}{half}"
 
-    def _policies(self, anchors) -> dict[str, Params]:
-        names = {"policy": anchors["snapshot"], "reference": self._reference(anchors)}
-        return names | ({"average": anchors["average"]} if "average" in anchors else {})
+        def draw() -> Collected:
+            return collect(
+                self.method,
+                self._prompts(number),
+                self._policies(anchors),
+                self.draw,
+                self.judges,
+                jax.random.fold_in(jax.random.fold_in(self.key, 2 + number), bool(half)),
+                name=f"round {name}",
+                opponents=opponents,
+                least=self.settings.minibatches,
+            )
 
-    def _reference(self, anchors) -> Params:
-        if self.method.schedule.reference == "snapshot":
-            return anchors["snapshot"]
-        return anchors.get("reference", self.first)
+        return self.files.kept(name, draw)
+
+    def _policies(self, anchors: Anchors) -> dict[str, Params]:
+        reference = anchoring.reference(self.schedule, anchors, self.reference)
+        named = {"policy": anchors["snapshot"], "reference": reference}
+        return named | ({"average": anchors["average"]} if "average" in anchors else {})
 
     def _prompts(self, number: int) -> list[Prompt]:
-        """The round's: the next ones of all epochs' orders, one behind the other."""
-        size, total = self.settings.prompts_per_round, len(self.prompts)
-        chosen = []
-        for place in range(number * size, (number + 1) * size):
-            epoch, at = divmod(place, total)
-            chosen.append(self.prompts[_order(self.settings.seed, epoch, total)[at]])
-        return chosen
-
-    def _with_replay(self, number: int, groups: list[Group]) -> list[Group]:
-        """The round's groups and those of earlier rounds, from their files."""
-        replay = self.method.schedule.replay
-        if not replay:
-            return groups
-        older = range(number - 1, -1, -1)
-        shares = [1.0] * number if replay == "all" else list(replay)
-        added = []
-        for earlier, share in zip(older, shares):
-            known = read_groups(self.workdir / ROUNDS / f"{earlier:04d}.jsonl")
-            if replay != "all":
-                rng = np.random.default_rng((self.settings.seed, number, earlier))
-                count = min(round(share * len(groups)), len(known))
-                known = [known[i] for i in sorted(rng.choice(len(known), count, replace=False))]
-            added += known
-        return groups + added
+        """The round's: the next ones of this epoch's order."""
+        size = self.settings.prompts_per_round
+        epoch, place = divmod(number, len(self.prompts) // size)
+        rng = np.random.default_rng((self.settings.seed, epoch, 3))
+        order = rng.permutation(len(self.prompts))
+        return [self.prompts[i] for i in order[place * size : (place + 1) * size]]
 
     def _batches(self, number, groups, anchors, objective) -> list[PreferenceBatch]:
         """Every step's batch of a fit, with all that is fixed attached."""
-        settings, parts = self.settings, []
-        for epoch in range(settings.epochs):
-            rng = np.random.default_rng((settings.seed, number, epoch, 7))
-            order = rng.permutation(len(groups))
-            if len(groups) < settings.minibatches:
-                raise ValueError(
-                    f"round {number}: {len(groups)} groups cannot be dealt out to "
-                    f"rounds.minibatches={settings.minibatches} steps"
-                )
-            for part in np.array_split(order, settings.minibatches):
-                parts.append([groups[i] for i in part])
-        packed = [place_rows(self.pack(part), self.mesh) for part in parts]
-        roles = dict.fromkeys([*objective.frozen_roles, *self.method.attach])
-        scorers = {role: self._scorer(role, anchors) for role in roles}
-        tokens = self.method.by_token
-        batches = []
-        for batch in packed:
-            for role, scorer in scorers.items():
-                reads = objective.reads_tokens(role) or tokens
-                batch = attach_logps(batch, role, scorer, tokens=reads)
-            batches.append(batch)
+        parts = []
+        for epoch in range(self.settings.epochs):
+            rng = np.random.default_rng((self.settings.seed, number, epoch, 7))
+            dealt = np.array_split(rng.permutation(len(groups)), self.settings.minibatches)
+            parts += [[groups[i] for i in part] for part in dealt]
+        batches = [place_rows(self.pack(part), self.mesh) for part in parts]
+        for role in self.method.roles(objective):
+            scorer = make_scorer(self.policy, self._frozen(role, anchors), mesh=self.mesh)
+            tokens = objective.reads_tokens(role) or self.method.by_token
+            batches = [attach_logps(b, role, scorer, tokens=tokens) for b in batches]
         if self.method.shape is not None:
             with jax.set_mesh(self.mesh):
                 batches = self.method.shape(batches, Tools(self.policy, anchors["snapshot"]))
         return batches
 
-    def _scorer(self, role: str, anchors: Mapping[str, Params]):
-        known = {"reference": self._reference(anchors), **self.frozen}
-        known["previous"] = anchors.get("anchor", anchors["snapshot"])
-        if role not in known:
-            raise ValueError(
-                f"method {self.method.name!r} needs a frozen policy under the role {role!r}: give "
-                f"frozen={{{role!r}: params}}"
-            )
-        return make_scorer(self.policy, known[role], mesh=self.mesh)
+    def _frozen(self, role: str, anchors: Anchors) -> Params:
+        if role == "previous":
+            return anchors.get("anchor", anchors["snapshot"])
+        if role == "reference":
+            return anchoring.reference(self.schedule, anchors, self.reference)
+        return self.frozen[role]
 
     # --- the step ---
 
     def _objective(self, number: int) -> Objective:
         """The objective with the hyper-parameters of this round."""
         objective = self.method.objective
-        for name, value in self.method.schedule.hyper_parameters.items():
+        for name, value in self.schedule.hyper_parameters.items():
             objective = objective.with_field(name, float(value(number, self.settings.num_rounds)))
         return objective
 
     def _step(self, objective: Objective, *, donate: bool):
-        known = (objective.name, tuple(sorted(objective.hyper_parameters.items())), donate)
-        if known not in self._steps:
+        """The compiled step; an objective with other numbers than the last one's is another."""
+        if self._compiled is None or self._compiled[0] != objective:
+            self._compiled = (objective, {})
+        steps = self._compiled[1]
+        if donate not in steps:
             body = make_train_step(
                 self.policy, objective, self.optimizer, microbatches=self.microbatches
             )
-            self._steps[known] = compile_step(body, self.mesh, self.shardings, donate=donate)
-        return self._steps[known]
+            steps[donate] = compile_step(body, self.mesh, self.shardings, donate=donate)
+        return steps[donate]
 
 
 class _Feed:
@@ -504,19 +432,3 @@ def _saved(state: Any, anchors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _falls_on(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
-
-
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, total: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch, 3)).permutation(total)
-
-
-@jax.jit
-def _extrapolated(now: Params, before: Params, alpha: Array) -> Params:
-    """Nesterov's look-ahead, arXiv:2410.06293: now + alpha (now - before)."""
-    return jax.tree.map(lambda x, y: x + (alpha * (x - y)).astype(x.dtype), now, before)
-
-
-@jax.jit
-def _averaged(average: Params, params: Params, decay: Array) -> Params:
-    return jax.tree.map(lambda a, x: (decay * a + (1 - decay) * x).astype(a.dtype), average, params)

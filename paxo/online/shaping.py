@@ -4,7 +4,7 @@ A shape is `(batches, tools) -> batches`. Log-probs of the roles that the method
 the policy that sampled has the role "previous". Nothing here depends on the policy that is being
 trained, so a round that is resumed has the same numbers.
 
-The one-step forms of PPO (`gae_advantages`), RTO (`rto_advantages`) and of rewards with a KL penalty
+Here are those of PPO (`gae_advantages`), RTO (`rto_advantages`) and of rewards with a KL penalty
 (`penalised_rewards`).
 """
 
@@ -109,17 +109,9 @@ def rto_advantages(
         token_rewards = []
         for batch in batches:
             by_token = [_tokens(batch, role) for role in ("previous", "reference", "dpo")]
-            token_rewards.append(
-                rto_rewards(
-                    *by_token,
-                    _mask(batch),
-                    batch.extras["rewards"],
-                    b1=b1,
-                    b2=b2,
-                    clip=clip,
-                    where=batch.where,
-                )  # fmt: skip
-            )
+            given = (*by_token, _mask(batch), batch.extras["rewards"])
+            found = rto_rewards(*given, b1=b1, b2=b2, clip=clip, where=batch.where)
+            token_rewards.append(found)
         return _with_advantages(batches, token_rewards, tools, gamma, lam, whitened=True)
 
     return shape

@@ -1,8 +1,8 @@
 """What the losses read of the chosen candidates: labels, win rates, rewards.
 
-A target is `(bench, chosen) -> {name: [M, n]}`, where the name is "labels" or that of an extra array
-that a loss names. What stands at places without a candidate is not read. NaN where the judge gave
-up: `collect` leaves such groups out.
+A target is `(bench, chosen) -> {name: [M, n]}`, where the name is "labels" or that of an extra
+array that a loss names. What stands at places without a candidate is not read. NaN where the judge
+gave up: `collect` leaves such groups out.
 """
 
 import functools
@@ -93,10 +93,10 @@ def lowest_mean_reward(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
     for name, values in found.items():
         if values.ndim != 2:
             raise ValueError(
-                f"reward {name!r} gives {values.shape[2]} numbers a candidate; a group of users has "
-                "one reward: give a function [B, N] for each"
+                f"reward {name!r} gives {values.shape[2]} numbers a candidate; a group of users "
+                "has one reward: give a function [B, N] for each"
             )
-    worst = min(found, key=lambda name: found[name][:, :size].mean())
+    worst = min(found, key=lambda name: np.nanmean(found[name][:, :size]))
     bench.counts[f"rounds whose lowest mean reward is {worst!r}"] += 1
     return {"rewards": of_chosen(found[worst], chosen)}
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, placed, remember
+from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, fetched, placed, remember
 from paxo.sampling.distribution import filtered
 from paxo.types import Array, Completions, Finish, Params, Policy, PromptBatch
 
@@ -122,7 +122,7 @@ def make_beam_search(
         prompts, context = placed(prompts, mesh)
         with context:
             found = _search(models, config, stops, both, prompts)
-        return jax.tree.map(lambda x: x[:batch], found)
+        return fetched(found, batch, mesh)
 
     return search
 

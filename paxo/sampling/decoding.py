@@ -5,15 +5,17 @@ Axes in shape comments are those of `paxo.types`.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from paxo.models.sharding import partition_spec
+from paxo.rows import own_rows, place_rows, row_share
 from paxo.types import Array, Finish, Params, Policy, PromptBatch
 
 ROLES = ("policy", "reference")
@@ -168,19 +170,33 @@ def check_prompts(policies: Sequence[Policy], prompts: PromptBatch, max_new_toke
 def placed(prompts: PromptBatch, mesh: Mesh | None) -> tuple[PromptBatch, Any]:
     """Prompts over the devices of a mesh, and the context in which they are decoded.
 
-    The last prompt is repeated until the devices divide the batch: cut the results to its size.
+    The last prompt is repeated until the devices divide the batch: `fetched` cuts the results. With
+    several processes each gives its own prompts, and the widest batch of them sets the shape.
     """
     if mesh is None:
         return prompts, contextlib.nullcontext()
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    short = -len(prompts.tokens) % ways
-    if short:
-        # Width 0 pads nothing along the tokens.
-        repeat = lambda x: np.pad(x, ((0, short), *((0, 0),) * (x.ndim - 1)), "edge")  # noqa: E731
-        prompts = jax.tree.map(lambda x: repeat(np.asarray(x)), prompts)
+    batch, width = prompts.tokens.shape
+    if jax.process_count() > 1:
+        ways //= row_share(mesh).count
+        shapes = multihost_utils.process_allgather(np.array([batch, width]))
+        batch, width = (int(size) for size in shapes.max(axis=0))
+    short, narrow = batch + -batch % ways - len(prompts.tokens), width - prompts.tokens.shape[1]
+    if short or narrow:
+        tokens, lengths, ids = map(np.asarray, (prompts.tokens, prompts.lengths, prompts.ids))
+        repeat = functools.partial(np.pad, pad_width=(0, short), mode="edge")
+        tokens = np.pad(np.pad(tokens, ((0, 0), (0, narrow))), ((0, short), (0, 0)), "edge")
+        prompts = PromptBatch(tokens, repeat(lengths), repeat(ids))
+    return place_rows(prompts, mesh), jax.set_mesh(mesh)
 
-    def put(x: Any) -> Array:
-        axes = ("batch", "length")[: x.ndim]
-        return jax.device_put(x, NamedSharding(mesh, partition_spec(axes, x.shape, mesh.shape)))
 
-    return jax.tree.map(put, prompts), jax.set_mesh(mesh)
+def fetched(found: Any, batch: int, mesh: Mesh | None) -> Any:
+    """What was found for the first `batch` prompts: with several processes this one's, on the host.
+
+    Arrays lead with the prompts.
+    """
+    if mesh is not None and jax.process_count() > 1:
+        found = own_rows(found, mesh)
+    if len(jax.tree.leaves(found)[0]) == batch:
+        return found
+    return jax.tree.map(lambda x: x[:batch], found)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, placed, remember
+from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, fetched, placed, remember
 from paxo.sampling.distribution import draw, filtered, greedy, log_prob, uniforms
 from paxo.types import Array, Completions, Finish, Params, Policy, PromptBatch, Sampler
 
@@ -85,7 +85,9 @@ def make_sampler(
         config: how completions are drawn.
         stop_ids: tokens that end a completion; the one drawn is part of it.
         mesh: devices over which the prompts are spread, as the parameters are by
-            `param_shardings`; None leaves that to JAX.
+            `param_shardings`; None leaves that to JAX. With several processes each of them gives
+            its own prompts, at least one and as many as it likes, the same key, and gets their
+            completions back as host arrays.
 
     Raises:
         ValueError: without any stop token or sequence: nothing would ever be finished. The sampler
@@ -170,9 +172,7 @@ def _run(models, config, stops, mesh, params, weights, prompts, key) -> Completi
     prompts, context = placed(prompts, mesh)
     with context:
         drawn = _sample(models, config, stops, params, weights, prompts, key)
-    if len(drawn.tokens) == batch:
-        return drawn
-    return jax.tree.map(lambda x: x[:batch], drawn)
+    return fetched(drawn, batch, mesh)
 
 
 class _Loop(NamedTuple):

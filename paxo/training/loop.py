@@ -83,8 +83,8 @@ def fit(
         evaluate_every: steps between evaluations; with 0, only after the last step.
         log_every: steps between lines of metrics; 0 is only the last step.
         on_step: called with every step's number and metrics, one step late.
-        whole: False where this is a part of a longer run, whose last step is nothing special: whoever
-            calls saves, writes and measures what is due after it.
+        whole: False where this is a part of a longer run, whose last step is nothing special:
+            whoever calls saves, writes and measures what is due after it.
 
     Raises:
         NonFiniteLossError: naming step and records; no checkpoint of that step is saved.
@@ -115,6 +115,8 @@ def fit(
             scores = None
             if evaluate is not None and ((whole and last) or _falls_on(number, evaluate_every)):
                 scores = report.evaluation(number, evaluate, state)
+            if last:  # a signal that comes while this step runs must be seen
+                report.fetch()
             stopped = stop.requested(number)
             if checkpointer is not None and (
                 stopped

@@ -8,6 +8,7 @@ Losses that couple groups see the whole global batch. All microbatches are score
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ from paxo import scoring
 from paxo.head_outputs import head_outputs
 from paxo.numerics import Mean
 from paxo.objectives import Objective
-from paxo.scoring import ROWS, place_rows
+from paxo.rows import ROWS, place_rows
+from paxo.training import one_pass
 from paxo.training.inputs import TOKEN_QUANTITIES, check_batch, has_kls
 from paxo.training.state import TrainState, as_transformation
 from paxo.types import Array, Params, Policy, PreferenceBatch
@@ -172,24 +174,37 @@ class _Run:
 
     def scores(self, params: Params, batch: PreferenceBatch) -> dict[str, Array]:
         """The arrays that depend on the parameters, by the names that losses give them."""
+        hidden = scoring.all_hidden(self.policy, params, batch)
+        head = scoring.head_of(self.policy, params)
+        return self.readings(hidden, head, params.get("heads", {}), batch)
+
+    def readings(
+        self,
+        hidden: Array,
+        head: scoring.Head,
+        heads: Params,
+        batch: PreferenceBatch,
+        *,
+        keep_logits: bool = False,
+    ) -> dict[str, Array]:
+        """`scores` from hidden states `[R, L, D]`, the head and the parameters of further heads."""
         frozen = self.state.frozen or {}
         wanted = {
             name: TOKEN_QUANTITIES[name]
             for name in self.objective.arrays
             if name in TOKEN_QUANTITIES and (name != "token_kls" or has_kls(batch, frozen))
         }
-        heads = [name for name in self.policy.heads if name in self.objective.arrays]
-        hidden = scoring.all_hidden(self.policy, params, batch)
-        by_token = scoring.token_scores(
-            self.policy,
-            params,
+        names = [name for name in self.policy.heads if name in self.objective.arrays]
+        by_token = scoring.figures(
+            scoring.predicting(hidden, batch),
+            head,
             batch,
             sorted({"logps", *wanted.values()}),
-            hidden=scoring.predicting(hidden, batch),
             reference_head=frozen.get("reference_head"),
+            keep_logits=keep_logits,
         )
         out = {"policy_logps": scoring.slot_sums(by_token["logps"], batch)}
-        out |= head_outputs(self.policy, params, batch, heads, hidden)
+        out |= head_outputs(self.policy, {"heads": heads}, batch, names, hidden)
         return out | {name: scoring.by_candidate(by_token[q], batch) for name, q in wanted.items()}
 
     def given(self, batch: PreferenceBatch) -> dict[str, Array]:
@@ -216,8 +231,8 @@ def _separable_gradients(run: _Run, batch: PreferenceBatch):
     counts = [term({**run.given(batch), **zeros})[0].count for term in run.objective.terms]
     counts = _total(counts, run.axis_name)
 
-    def loss_of(params: Params, part: PreferenceBatch):
-        inputs = {**run.given(part), **run.scores(params, part)}
+    def loss_of(scores: Mapping[str, Array], part: PreferenceBatch):
+        inputs = {**run.given(part), **scores}
         means = [term(inputs)[0] for term in run.objective.terms]
         loss = sum(
             term.weight * Mean(mean.total, count).value
@@ -225,8 +240,20 @@ def _separable_gradients(run: _Run, batch: PreferenceBatch):
         )
         return loss, run.report(jax.lax.stop_gradient(inputs))
 
+    def of_rows(hidden, head, heads, rows: PreferenceBatch):
+        return loss_of(run.readings(hidden, head, heads, rows, keep_logits=True), rows)
+
     def of_part(part: PreferenceBatch):
-        (loss, means), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, part)
+        parts = one_pass.parts(run.policy, state.params, part, _ways())
+        if parts is None:
+            (loss, means), grads = jax.value_and_grad(
+                lambda params: loss_of(run.scores(params, part), part), has_aux=True
+            )(state.params)
+        else:
+            split = functools.partial(_split, parts=parts)
+            (loss, means), grads = one_pass.value_and_gradient(
+                run.policy, state.params, part, of_rows, split
+            )
         return grads, loss, means
 
     grads, loss, means = _sum_over_parts(of_part, batch, run.microbatches)
@@ -290,6 +317,12 @@ def _sum_over_parts(of_part: Callable, batch: Any, parts: int) -> Any:
         return jax.tree.map(lambda a, b: a + wide(b), total, of_part(part)), None
 
     return jax.lax.scan(add, zeros, split)[0]
+
+
+def _ways() -> int:
+    """Devices over which a mesh splits the rows."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp"))
 
 
 def _split(batch: Any, parts: int) -> Any:

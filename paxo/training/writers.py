@@ -32,7 +32,12 @@ class Writer(Protocol):
 
 
 def make_writer(
-    workdir: str | os.PathLike[str], total_steps: int, resume_step: int = 0, name: str = "train"
+    workdir: str | os.PathLike[str],
+    total_steps: int,
+    resume_step: int = 0,
+    name: str = "train",
+    *,
+    resume_round: int | None = None,
 ) -> Writer:
     """The writers of a run folder together; on processes other than 0, one that does nothing.
 
@@ -42,6 +47,8 @@ def make_writer(
         resume_step: step from which the run goes on: what an earlier attempt wrote after it is
             removed. 0 is a new run and removes everything.
         name: what the progress bar says.
+        resume_round: rounds that the run has behind it, if it is one of rounds: the line of a later
+            one is removed even where its last step was `resume_step`.
 
     Raises:
         OSError: the folder cannot be written.
@@ -52,7 +59,7 @@ def make_writer(
         return MultiWriter([])
     folder = pathlib.Path(workdir)
     lines = JsonlWriter(folder / "metrics.jsonl")
-    lines.truncate_after(resume_step or -1)
+    lines.truncate_after(resume_step or -1, math.inf if resume_round is None else resume_round)
     return MultiWriter(
         [
             lines,
@@ -96,9 +103,13 @@ class JsonlWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)
 
-    def truncate_after(self, step: int) -> None:
-        """Remove the lines of later steps, and what a kill left half-written, all at once."""
-        kept = b"".join(line for line in self.path.open("rb") if _step_of(line) <= step)
+    def truncate_after(self, step: int, rounds: float = math.inf) -> None:
+        """Remove the lines of later steps or rounds, and what a kill left half-written, at once."""
+        kept = b"".join(
+            line
+            for line in self.path.open("rb")
+            if _number(line, "step") <= step and _number(line, "round", 0) <= rounds
+        )
         spare = self.path.with_name(self.path.name + ".tmp")
         with _one_clear_line(self.path):
             try:
@@ -305,11 +316,11 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinity for what is not a whole line."""
+def _number(line: bytes, name: str, missing: float = math.inf) -> float:
+    """The step or round of a line of metrics; infinity for what is not a whole line."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        return json.loads(line).get(name, missing) if line.endswith(b"\n") else math.inf
+    except (ValueError, AttributeError):
         return math.inf
 
 

@@ -1,11 +1,14 @@
 """Builders against published checksums and facts about the games."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paxo.games import builders, exact
+from paxo.losses.reward import general_preference_scores
 
 CYCLIC_NASH = np.log(np.array([4, 3, 4]) / 11)
 
@@ -43,10 +46,28 @@ def test_a_cycle_beats_those_that_follow_and_its_nash_policy_is_uniform():
     even = builders.cyclic(4, beta=0.1)
     np.testing.assert_allclose(even.preferences[1], [0.0, 0.5, 1.0, 0.5])
     for cycle in (game, even):
-        n = cycle.num_actions
-        np.testing.assert_allclose(exact.nash_policy(cycle), np.full(n, -np.log(n)), atol=1e-12)
+        assert float(exact.duality_gap(cycle, jnp.zeros(cycle.num_actions))) < 1e-24
     with pytest.raises(ValueError, match="at least 3"):
         builders.cyclic(2, beta=0.1)
+
+
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_no_reward_ranks_all_edges_of_a_cycle(n):
+    # Adjacent edges that an order of the actions gets right: at most n - 1 of n.
+    wins = np.asarray(builders.cyclic(n, beta=0.1).preferences) > 0.5
+    right = [
+        sum(wins[i, (i + 1) % n] == (place[i] > place[(i + 1) % n]) for i in range(n))
+        for place in itertools.permutations(range(n))
+    ]
+    assert max(right) / n == (n - 1) / n
+    if n > 3:
+        return
+    # Two numbers a candidate do what one cannot: three embeddings, a third of a turn apart.
+    turns = 2 * np.pi / 3 * np.arange(3)
+    embeddings = jnp.asarray(np.stack([np.cos(turns), np.sin(turns)], -1))
+    scores = general_preference_scores(embeddings)
+    np.testing.assert_array_equal(scores > 1e-9, wins)
+    np.testing.assert_allclose(scores[0, 1], np.sqrt(0.75), rtol=1e-12)
 
 
 def test_bradley_terry_rewards_tilt_the_nash_policy_towards_them():
@@ -57,8 +78,8 @@ def test_bradley_terry_rewards_tilt_the_nash_policy_towards_them():
 
 
 def test_random_games_are_reproducible_and_batched():
-    game = builders.random_game(jax.random.key(3), 6, beta=0.1, batch_shape=(2, 4))
-    again = builders.random_game(jax.random.key(3), 6, beta=0.1, batch_shape=(2, 4))
+    make = jax.jit(lambda key: builders.random_game(key, 6, beta=0.1, batch_shape=(2, 4)))
+    game, again = make(jax.random.key(3)), make(jax.random.key(3))
     assert game.batch_shape == (2, 4)
     np.testing.assert_array_equal(game.preferences, again.preferences)
     assert 0.4 < float(jnp.tril(game.preferences, -1).sum() / (8 * 15)) < 0.6

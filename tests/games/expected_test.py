@@ -25,6 +25,17 @@ def value(loss, games, logits, **arguments):
     return jax.jit(lambda x: expected_loss(loss, games, x, **arguments))(logits)
 
 
+def spied(seen, spy, **arguments):
+    """What a loss that keeps its arguments in `seen` is given on the first game, compiled."""
+
+    @jax.jit
+    def run(x):
+        expected_loss(spy, GAME, x, **arguments)
+        return dict(seen)
+
+    return run(POLICY[0])
+
+
 def logp(x):
     return np.asarray(jax.nn.log_softmax(x))
 
@@ -107,10 +118,10 @@ def test_longer_lists_are_judged_by_how_often_each_beats_the_others():
         seen["labels"] = labels
         return jnp.sum(policy_logps * labels, -1)
 
-    expected_loss(spy, GAME, POLICY[0], candidates=3)
+    labels = spied(seen, spy, candidates=3)["labels"]
     p = np.asarray(GAME.preferences)
-    assert seen["labels"].shape == (4, 4, 4, 3)
-    np.testing.assert_allclose(seen["labels"][1, 3, 0, 1], (p[3, 1] + p[3, 0]) / 2, rtol=1e-14)
+    assert labels.shape == (4, 4, 4, 3)
+    np.testing.assert_allclose(labels[1, 3, 0, 1], (p[3, 1] + p[3, 0]) / 2, rtol=1e-14)
 
 
 def test_nothing_but_the_policys_log_probs_is_differentiated():
@@ -134,17 +145,16 @@ def test_a_one_token_completion_has_the_entropy_and_kl_of_its_policy():
     kl = exact.kl_divergence(GAMES.reference_logps, POLICY)
     assert bool(jnp.isfinite(found).all())
     assert bool((kl > 0).all())
-    spied = {}
+    seen = {}
 
     def spy(policy_logps, token_entropies, token_kls, token_collisions, token_mask, lengths):
-        spied.update(entropy=token_entropies, kl=token_kls, collisions=token_collisions)
+        seen.update(entropy=token_entropies, kl=token_kls, collisions=token_collisions)
         return jnp.sum(policy_logps, -1)
 
-    expected_loss(spy, GAME, POLICY[0])
-    p = np.exp(logp(POLICY[0]))
-    assert float(spied["entropy"][0, 0, 0, 0]) == pytest.approx(-(p * np.log(p)).sum())
-    assert float(spied["kl"][1, 2, 1, 0]) == pytest.approx(float(kl[0]))
-    assert float(spied["collisions"][1, 2, 1, 0]) == pytest.approx(np.log((p * p).sum()))
+    found, p = spied(seen, spy), np.exp(logp(POLICY[0]))
+    assert float(found["entropy"][0, 0, 0, 0]) == pytest.approx(-(p * np.log(p)).sum())
+    assert float(found["kl"][1, 2, 1, 0]) == pytest.approx(float(kl[0]))
+    assert float(found["collisions"][1, 2, 1, 0]) == pytest.approx(np.log((p * p).sum()))
 
 
 # Arrays by action that some losses name, and the size of their groups where a pair does not fit.
@@ -186,7 +196,7 @@ def test_a_loss_that_adds_its_groups_up_is_weighted_too():
 
 def test_one_figure_for_the_whole_batch_cannot_be_weighted():
     loss = objective("kto")
-    assert expected_loss(loss, GAMES, POLICY).shape == (3,)
+    assert value(loss, GAMES, POLICY).shape == (3,)
     with pytest.raises(ValueError, match=r"'kto' says one figure.*leave `sampler` out"):
         expected_loss(loss, GAMES, POLICY, sampler=OTHER)
 
@@ -203,34 +213,38 @@ def test_missing_and_misshapen_arrays_are_named():
 # T9: a wrong opponent distribution, such as one normalised over games, is outside these intervals.
 
 
-@pytest.mark.parametrize("name", ["online_ipo_v1", "online_ipo_v2", "dpo"])
-def test_sampled_gradients_are_unbiased(name):
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_sampled_gradients_are_unbiased(on_policy):
     games, policy = GAMES[:2], POLICY[:2]
-    settings = {} if name == "dpo" else {"beta": 0.3}
-    loss = objective(name, **settings)
-    on_policy = name == "online_ipo_v2"
-    opponent = exact.mixture(policy, games.reference_logps, 0.4)
-    arguments = {"sampler": policy if on_policy else None, "opponent": opponent}
+    # A regression on labels and a loss that takes the drawn winner first; or one on win rates, that
+    # of Nash-MD and EGPO too.
+    own = weighted_sum((objective("online_ipo_v2", beta=0.3), 1.0), (objective("dpo"), 1.0))
+    loss = own if on_policy else objective("online_ipo_v1", beta=0.3)
+    sampler = policy if on_policy else None
 
-    def exact_gradient(x):
-        return expected_loss(loss, games, x, **arguments).sum()
+    @jax.jit
+    def gradients(opponent):
+        def exactly(x):
+            return expected_loss(loss, games, x, sampler=sampler, opponent=opponent).sum()
 
-    def one(key):
-        run = lambda x: sampled_loss(  # noqa: E731
-            loss, games, x, key, num_samples=100, **arguments
-        ).sum()
-        return jax.grad(run)(policy)
+        def one(key):
+            run = lambda x: sampled_loss(  # noqa: E731
+                loss, games, x, key, num_samples=100, sampler=sampler, opponent=opponent
+            ).sum()
+            return jax.grad(run)(policy)
 
-    drawn = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(7), 1000))  # 1e5 groups a game
-    error = drawn.std(0) / np.sqrt(len(drawn))
-    distance = jnp.abs(drawn.mean(0) - jax.grad(exact_gradient)(policy))
-    assert float((distance / error).max()) < 4
-    wrong = jnp.log(jax.nn.softmax(opponent, 0))  # over the games
-    if name == "online_ipo_v1":
-        biased = jax.grad(
-            lambda x: expected_loss(loss, games, x, **(arguments | {"opponent": wrong})).sum()
-        )(policy)
-        assert float((jnp.abs(drawn.mean(0) - biased) / error).max()) > 8
+        drawn = jax.vmap(one)(jax.random.split(jax.random.key(7), 1000))  # 1e5 groups a game
+        return jax.grad(exactly)(policy), drawn.mean(0), drawn.std(0) / np.sqrt(1000)
+
+    # Nash-MD plays the mixture, plain self-play the policy, EGPO's second step where its first led.
+    mixed = exact.mixture(policy, games.reference_logps, 0.4)
+    half = exact.mirror_step(games, policy, eta=0.4)
+    for opponent in (policy,) if on_policy else (policy, half, mixed):
+        expected, found, error = gradients(opponent)
+        assert float((jnp.abs(found - expected) / error).max()) < 4
+    if not on_policy:
+        biased, *_ = gradients(jnp.log(jax.nn.softmax(mixed, 0)))  # over the games
+        assert float((jnp.abs(found - biased) / error).max()) > 8
 
 
 def test_draws_have_the_samplers_frequencies():
@@ -240,11 +254,14 @@ def test_draws_have_the_samplers_frequencies():
         counted["actions"] = actions
         return jnp.sum(policy_logps, -1)
 
-    extras = {"actions": jnp.arange(4)}
-    sampled_loss(
-        count, GAME, POLICY[0], jax.random.key(0), num_samples=20000, sampler=OTHER[0],
-        extras=extras,
-    )  # fmt: skip
-    p = np.exp(logp(OTHER[0]))
-    frequency = np.bincount(np.asarray(counted["actions"]).ravel(), minlength=4) / 40000
+    @jax.jit
+    def actions(key):
+        extras = {"actions": jnp.arange(4)}
+        sampled_loss(
+            count, GAME, POLICY[0], key, num_samples=20000, sampler=OTHER[0], extras=extras
+        )
+        return counted["actions"]
+
+    p, drawn = np.exp(logp(OTHER[0])), actions(jax.random.key(0))
+    frequency = np.bincount(np.asarray(drawn).ravel(), minlength=4) / 40000
     assert (np.abs(frequency - p) < 5 * np.sqrt(p / 40000)).all()

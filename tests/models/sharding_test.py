@@ -4,6 +4,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -74,6 +75,50 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
 def test_mesh_sizes_are_positive_and_at_most_one_is_left_open(sizes):
     with pytest.raises(ValueError, match="at least 1, and one may be -1"):
         make_mesh(*sizes)
+
+
+class Device:
+    """Stands for a device on one of several slices."""
+
+    platform, device_kind, process_index = "gpu", "made", 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis", "shape"),
+    [
+        ((-1, 2, 1), "data", (4, 2, 1)),
+        ((2, 2, 2), "data", (2, 2, 2)),
+        ((1, 8, 1), "fsdp", (1, 8, 1)),
+        ((2, 4, 1), "fsdp", (2, 4, 1)),
+    ],
+)
+def test_only_one_axis_of_a_mesh_goes_from_slice_to_slice(sizes, axis, shape):
+    devices = [Device(number, number % 2) for number in range(8)]
+    mesh = make_mesh(*sizes, devices=devices, slice_axis=axis)
+    assert mesh.devices.shape == shape
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    for number, name in enumerate(sharding.MESH_AXES):
+        along = np.ptp(slices, axis=number).max()
+        assert along == (1 if name == axis else 0)
+    # One step in so many along the axis changes the slice.
+    assert (
+        np.abs(np.diff(slices, axis=sharding.MESH_AXES.index(axis)))
+        .sum(sharding.MESH_AXES.index(axis))
+        .max()
+        == 1
+    )
+
+
+def test_slices_that_do_not_divide_their_axis_are_refused_with_the_way_out():
+    devices = [Device(number, number // 4) for number in range(8)]
+    with pytest.raises(ValueError, match=r"2 slices, which do not divide mesh.data=1.*slice_axis"):
+        make_mesh(1, 8, 1, devices=devices)
+    with pytest.raises(ValueError, match="must be one of data, fsdp, tensor; got 'rows'"):
+        make_mesh(devices=devices, slice_axis="rows")
 
 
 def test_constrain_places_where_a_mesh_is_set_and_does_nothing_elsewhere():

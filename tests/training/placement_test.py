@@ -2,93 +2,49 @@
 
 import dataclasses
 import functools
+import itertools
+import logging
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
 
-from paxo.losses.contract import stateful, whole_batch
-from paxo.losses.pairwise import log_ratios, margin
+from paxo.models import sharding
 from paxo.models.sharding import make_mesh, param_shardings
-from paxo.numerics import Mean, masked, valid_rows
-from paxo.objectives import Objective, Term, objective, weighted_sum
-from paxo.scoring import attach_logps, make_scorer
-from paxo.training.state import init_state, state_shardings
+from paxo.objectives import Objective, Term
+from paxo.training.state import state_shardings
 from paxo.training.step import compile_step, make_train_step, place_rows, pmap_step
 from tests.compiling import compilations, quick_compiles  # noqa: F401
-from tests.made import made_batch, tiny_policy
+from tests.training.placed import (
+    OBJECTIVES,
+    PUBLISHED,
+    assert_same_step,
+    made_run,
+    step_on,
+    told,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-
-@whole_batch
-def centred_loss(policy_logps, reference_logps, *, where=None):
-    """Couples groups: every margin is measured from the mean margin of the batch."""
-    margins = margin(log_ratios(policy_logps, reference_logps, where))
-    valid = valid_rows(where)
-    center = Mean.over(margins, valid).value
-    return masked(jax.nn.softplus(-(margins - 2 * center)), valid)
-
-
-def _zero_shift(*, rate):
-    return jnp.zeros(())
-
-
-@stateful(_zero_shift)
-def shifted_loss(policy_logps, reference_logps, *, rate=0.5, where=None, state=None):
-    """Remembers a running mean of the log-ratios and subtracts it."""
-    ratios = log_ratios(policy_logps, reference_logps, where)
-    shift = (1 - rate) * state + rate * Mean.over(jax.lax.stop_gradient(ratios), where).value
-    valid = valid_rows(where)
-    loss = masked(
-        jax.nn.softplus(-(ratios[..., 0] - shift)) + jax.nn.softplus(ratios[..., 1] - shift), valid
-    )
-    return loss, shift
-
-
-def token_nll(policy_token_logps, token_mask, *, where=None):
-    """Token-level arrays through the step."""
-    return Mean(
-        -jnp.sum(masked(policy_token_logps, token_mask)), jnp.sum(token_mask, dtype=jnp.float32)
-    )
-
-
-OBJECTIVES = {
-    "dpo": objective("dpo", beta=0.5),
-    "dpo + nll": weighted_sum((objective("dpo"), 1.0), (objective("nll"), 0.2)),
-    "whole_batch": Objective((Term("centred", centred_loss, {}),)),
-    "stateful": Objective((Term("shifted", shifted_loss, {"rate": 0.5}),)),
-    "token-level": Objective((Term("token_nll", token_nll, {}),)),
-}
-RATE = 0.1
 # The two ways in which gradients are made, whole and in parts; the other objectives in parts.
 IN_EVERY_WAY = ("dpo", "whole_batch")
 CASES = [
     (name, placement, microbatches)
-    for name in OBJECTIVES
-    for placement in ("one device", "2x2x2 mesh", "pmap over 4")
+    for name in ("dpo", "dpo + nll", "whole_batch", "stateful", "token-level")
+    for placement in ("one device", (2, 2, 2), "pmap over 4")
     for microbatches in (1, 4)
     if (name in IN_EVERY_WAY or microbatches == 4)
     and (placement, microbatches) != ("one device", 1)
-]
-
-
-@functools.cache
-def made_run(name):
-    policy, params = tiny_policy(num_layers=1)
-    _, other = tiny_policy(seed=7, num_layers=1)
-    groups = made_batch(24, rows=16, length=32, longest=5)
-    batch = attach_logps(groups, "reference", make_scorer(policy, other))
-    optimizer = optax.sgd(RATE)
-    state = init_state(params, OBJECTIVES[name], optimizer, jax.random.key(3))
-    return policy, optimizer, state, jax.tree.map(np.asarray, batch)
+] + [("published", (2, 2, 2), 1), ("dpo", (1, 1, 8), 1)]
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 
 
 @functools.cache
 def found(name, placement, microbatches):
-    """Gradients, memory and report of one step; plain SGD moves by rate * gradient."""
+    """Gradients, memory and report of one step."""
+    if placement in MESHES:
+        return step_on(make_mesh(*placement), name, microbatches)
     policy, optimizer, state, batch = made_run(name)
     axis_name = "rows" if placement == "pmap over 4" else None
     step = make_train_step(
@@ -96,33 +52,38 @@ def found(name, placement, microbatches):
     )
     if placement == "one device":
         after, report = jax.jit(step)(state, batch)
-    elif placement == "pmap over 4":
-        after, report = pmap_step(step, axis_name, jax.devices()[:4])(state, batch)
     else:
-        mesh = make_mesh(2, 2, 2)
-        placed = param_shardings(policy.logical_axes, state.params, mesh)
-        shardings = state_shardings(state, placed, optimizer)
-        assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings.params))
-        compiled = compile_step(step, mesh, shardings, donate=False)
-        after, report = compiled(jax.device_put(state, shardings), place_rows(batch, mesh))
-    moved = jax.tree.map(
-        lambda a, b: (np.asarray(a) - np.asarray(b)) / RATE, state.params, after.params
-    )
-    return moved, jax.device_get(after.objective_state), {k: float(v) for k, v in report.items()}
+        after, report = pmap_step(step, axis_name, jax.devices()[:4])(state, batch)
+    return told(state, after.params, after.objective_state, report)
 
 
 @pytest.mark.parametrize(("name", "placement", "microbatches"), CASES)
 def test_step_is_that_of_one_device_on_the_whole_batch(name, placement, microbatches):
-    grads, memory, report = found(name, placement, microbatches)
-    wanted, wanted_memory, wanted_report = found(name, "one device", 1)
-    largest = max(np.abs(g).max() for g in jax.tree.leaves(wanted))
-    assert largest > 1e-3
-    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
-        # Reading the gradient off the parameters has an error of eps * |parameter| / rate.
-        np.testing.assert_allclose(a, b, atol=1e-5 * largest + 2e-6)
-    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(wanted_memory), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert report == pytest.approx(wanted_report, rel=1e-5, abs=1e-6)
+    assert_same_step(found(name, placement, microbatches), found(name, "one device", 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_step_on_every_mesh_of_eight_devices_is_that_of_one(name, sizes):
+    assert_same_step(found(name, sizes, 1), found(name, "one device", 1))
+
+
+def test_sizes_that_a_mesh_does_not_divide_are_replicated_with_one_line_each(caplog):
+    sharding._log_replicated.cache_clear()
+    # Four devices divide neither 41 tokens nor 2 key-value heads.
+    with caplog.at_level(logging.WARNING, sharding.__name__):
+        got = step_on(make_mesh(1, 2, 4), "dpo", vocab_size=41)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sorted(lines) == sorted(
+        [
+            "axis 'vocab' of size 41 is replicated: 4 devices do not divide it",
+            "axis 'activation_vocab' of size 41 is replicated: 4 devices do not divide it",
+            "axis 'kv_heads' of size 2 is replicated: 4 devices do not divide it",
+            "axis 'activation_kv_heads' of size 2 is replicated: 4 devices do not divide it",
+        ]
+    )
+    assert_same_step(got, step_on(make_mesh(devices=jax.devices()[:1]), "dpo", vocab_size=41))
 
 
 def test_donated_state_is_used_up_and_the_second_call_does_not_compile():
