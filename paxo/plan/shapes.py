@@ -342,7 +342,12 @@ def _references(settings: Experiment, config: ModelConfig) -> dict[str, Params]:
     first: dict[Any, str] = {}
     for role in roles:
         first.setdefault(given[role], role)
-    return {role: param_shapes(config) for role in first.values()}
+
+    def shapes(role: str) -> Params:
+        dtype = given[role].dtype or config.param_dtype
+        return param_shapes(dataclasses.replace(config, param_dtype=dtype))
+
+    return {role: shapes(role) for role in first.values()}
 
 
 def _row(settings: Experiment, layout: Layout, lengths: Lengths) -> tuple[RowShape, float]:

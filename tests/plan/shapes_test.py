@@ -56,6 +56,9 @@ def test_a_reference_is_a_second_copy_of_the_weights_where_the_objective_has_one
     )
     assert with_one["reference"] == with_one["parameters"] == without["parameters"]
     assert without["reference"] == 0
+    settings = apply_overrides(made_settings(), ["reference.dtype=bfloat16"])
+    found = memory_of(made_run(settings), "tpu").resident
+    assert found["reference"] == found["parameters"] // 2
 
 
 @pytest.mark.parametrize(
