@@ -1,9 +1,11 @@
 """What a run leaves behind besides metrics: its model's card, exports and samples.
 
 The card (`<workdir>/model`) is an export without weights, written when a run starts, so that any
-checkpoint can later be exported or sampled from without the experiment file.
+checkpoint can later be exported or sampled from without the experiment file. Checkpoints of a run
+with adapters hold these alone: `lora.json` beside the card says what they were made for.
 """
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -15,18 +17,21 @@ import numpy as np
 
 from paxo.data.records import TokenGroup
 from paxo.data.tokenise import TextTokenizer, load_tokenizer
-from paxo.models.config import ModelConfig
+from paxo.models.config import LoraSettings, ModelConfig
 from paxo.models.heads import without_heads
 from paxo.models.hf_export import export, export_config
+from paxo.models.lora import merge_lora
 from paxo.models.policy import make_policy
 from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.sampling import SamplingConfig, make_sampler
-from paxo.training.checkpoint import read_params
+from paxo.scoring import params_fingerprint
+from paxo.training.checkpoint import read_frozen, read_params
 from paxo.types import Params, PromptBatch
 
 logger = logging.getLogger(__name__)
 
 CARD = "model"
+LORA = "lora.json"
 PROMPTS = "prompts.json"
 PROMPTS_KEPT = 4
 
@@ -37,8 +42,20 @@ def save_model_card(
     tokenizer: TextTokenizer,
     folder: pathlib.Path,
     groups: Sequence[TokenGroup],
+    lora: LoraSettings | None = None,
+    base: str = "",
 ) -> None:
-    """Writes config, tokenizer and a few prompts to `<workdir>/model` (process 0)."""
+    """Writes config, tokenizer and a few prompts to `<workdir>/model` (process 0).
+
+    Args:
+        workdir: of the run.
+        config: of the model.
+        tokenizer: of the model.
+        folder: where the tokenizer's files lie.
+        groups: whose prompts are kept.
+        lora: the adapters, if only these are trained.
+        base: folder or hub name of the weights that they are trained for.
+    """
     if jax.process_index() != 0:
         return
     export_config(
@@ -46,13 +63,26 @@ def save_model_card(
     )
     prompts = [group.prompt.tolist() for group in groups[:PROMPTS_KEPT]]
     (workdir / PROMPTS).write_text(json.dumps(prompts))
+    if lora is not None:
+        here = pathlib.Path(base).absolute()  # a later command may be given somewhere else
+        found = {"base": str(here) if here.is_dir() else base, **dataclasses.asdict(lora)}
+        (workdir / LORA).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def export_model(
-    params: Params, config: ModelConfig, out: pathlib.Path, tokenizer: TextTokenizer, folder: Any
+    params: Params,
+    config: ModelConfig,
+    out: pathlib.Path,
+    tokenizer: TextTokenizer,
+    folder: Any,
+    *,
+    lora: LoraSettings | None = None,
 ) -> None:
-    """Writes a model that transformers loads, without extra heads; every process calls it."""
-    decoder = without_heads(params)
+    """Writes a model that transformers loads, without extra heads; every process calls it.
+
+    With `lora`, the adapters in `params` are added to the weights.
+    """
+    decoder = without_heads(params) if lora is None else merge_lora(params, config, lora)
     export(decoder, config, out, tokenizer_from=folder, chat_template=tokenizer.chat_template)
     logger.info("exported to %s", out)
 
@@ -145,11 +175,27 @@ def _as_prompt(text: str, tokenizer: TextTokenizer) -> Any:
 
 
 def _checkpoint(workdir: pathlib.Path, step: int | None) -> tuple[ModelConfig, Params]:
+    """A checkpoint's model, adapters added to the weights they were trained for."""
     if not (workdir / CARD).is_dir():
         raise FileNotFoundError(
             f"{workdir}: no run folder, it has no {CARD}/ written by `paxo run`"
         )
-    return read_config(workdir / CARD), read_params(workdir / "checkpoints", step)
+    config, trained = read_config(workdir / CARD), read_params(workdir / "checkpoints", step)
+    if not (workdir / LORA).exists():
+        return config, trained
+    told = json.loads((workdir / LORA).read_text())
+    lora = LoraSettings(
+        **{field.name: told[field.name] for field in dataclasses.fields(LoraSettings)}
+    )
+    base = load_params(resolve_model(told["base"]), config, dtype=lora.base_dtype)
+    before = read_frozen(workdir / "checkpoints", step)
+    changed = [name for name, x in base.items() if params_fingerprint(x) != before[name]]
+    if changed:
+        raise ValueError(
+            f"{told['base']}: the weights ({', '.join(changed)}) are not those for which the "
+            f"adapters in {workdir} were trained; put these back there"
+        )
+    return config, merge_lora(trained | base, config, lora)
 
 
 def _check_room(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from paxo import distributed
 from paxo.data.limits import TokenLimits
 from paxo.data.records import EXTRA_AXES
-from paxo.models.config import Float, ModelConfig, Remat
+from paxo.models.config import Attention, Float, LoraSettings, ModelConfig, Remat
 from paxo.models.heads import head_widths
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError, apply_overrides
@@ -36,8 +36,11 @@ class ModelSettings:
         compute_dtype: dtype of activations and matrix products.
         remat: what the backward pass computes again, see `ModelConfig`.
         unroll: whether the scan over layers is unrolled; None decides by size.
+        attention: how attention is computed, see `ModelConfig`.
         heads: extra outputs besides those that the objective cannot do without, or widths of these,
             as in `embeddings:8` (see `paxo.models.heads`).
+        lora: adapters that are trained in place of the model's own weights; None trains these. One
+            of its settings is enough to switch it on: `--set model.lora.rank=16`.
     """
 
     path: str | None = None
@@ -48,7 +51,9 @@ class ModelSettings:
     compute_dtype: Float = "float32"
     remat: Remat = "none"
     unroll: bool | None = None
+    attention: Attention = "auto"
     heads: tuple[str, ...] = ()
+    lora: LoraSettings | None = None
 
     def __post_init__(self):
         head_widths(self.heads)

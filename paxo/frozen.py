@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from paxo.experiment import Experiment, MeshSettings, ReferenceSettings
 from paxo.loading import Model, load_model
 from paxo.logp_store import LogpStore
+from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.objectives import HIDDEN_ROLE, Objective
 from paxo.overrides import SettingsError
@@ -22,9 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def frozen_scorers(
-    settings: Experiment, model: Model, first: Params, mesh: Mesh, workdir: pathlib.Path
+    settings: Experiment, model: Model, mesh: Mesh, workdir: pathlib.Path
 ) -> dict[str, FixedScorer | StoredScorer]:
-    """Role -> the scorer of its frozen policy, for all roles that are attached to batches."""
+    """Role -> the scorer of its frozen policy, for all roles that are attached to batches.
+
+    A role without a path scores with the model's own first parameters: `train` copies them.
+    """
     objective = settings.objective
     given = {"reference": settings.reference, "previous": settings.previous}
     unknown = sorted(set(objective.frozen_roles) - set(given))
@@ -58,7 +62,7 @@ def frozen_scorers(
                 )
             # A store is written by one scorer: those of other policies have folders of their own.
             folder = workdir / "logps" / ("" if not made else role)
-            made[same] = _scorer(settings, chosen, model, first, mesh, folder)
+            made[same] = _scorer(settings, chosen, model, mesh, folder)
         scorers[role] = made[same]
     return scorers
 
@@ -67,23 +71,25 @@ def _scorer(
     settings: Experiment,
     chosen: ReferenceSettings,
     model: Model,
-    first: Params,
     mesh: Mesh,
     folder: pathlib.Path,
 ) -> FixedScorer | StoredScorer:
     """The scorer of one frozen policy, with its log-probs kept in `folder` or another."""
-    dtype = chosen.dtype or settings.model.param_dtype
+    lora = model.lora
+    dtype = chosen.dtype or (settings.model.param_dtype if lora is None else lora.base_dtype)
     if chosen.mesh is not None:
         mesh = _other_mesh(settings, chosen.mesh, mesh)
     if chosen.path is not None:
-        whole = dataclasses.replace(settings.model, path=chosen.path, param_dtype=dtype)
+        whole = dataclasses.replace(settings.model, path=chosen.path, param_dtype=dtype, lora=None)
         other = load_model(whole, mesh)
-        scorer = make_scorer(other.policy, other.params, mesh=mesh)
-        config = other.config
+        policy, params, config = other.policy, other.params, other.config
     else:
+        policy, params, config = model.policy, model.params, model.config
+        if lora is not None:  # the base without its adapters: no second copy of the weights
+            policy, (_, params) = make_policy(config), model.policy.split(params)
         if (chosen.dtype, chosen.mesh) != (None, None):
-            first = _held(first, model.policy, dtype, mesh)
-        scorer, config = make_scorer(model.policy, first, mesh=mesh), model.config
+            params = _held(params, policy, dtype, mesh)
+    scorer = make_scorer(policy, params, mesh=mesh)
     if chosen.store == "off":
         return scorer
     # All that the values depend on besides the token ids.

@@ -1,6 +1,7 @@
 """Settings made real: a model on its mesh, and data as packed rows."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import pathlib
@@ -18,8 +19,9 @@ from paxo.data.sources import load_records
 from paxo.data.tokenise import TextTokenizer, TokenisedSet, load_tokenizer, tokenise
 from paxo.data.unpaired import Mismatch, signed
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
-from paxo.models.config import ModelConfig
+from paxo.models.config import LoraSettings, ModelConfig
 from paxo.models.heads import init_heads, with_heads
+from paxo.models.lora import init_lora, with_lora
 from paxo.models.policy import make_policy, param_shapes
 from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.models.sharding import param_shardings
@@ -41,6 +43,7 @@ class Model:
         params: its parameters.
         tokenizer: its tokenizer.
         folder: where weights or tokenizer came from, for the export.
+        lora: set where only adapters are trained; the other parameters are then frozen.
     """
 
     policy: Policy
@@ -48,6 +51,7 @@ class Model:
     params: Params
     tokenizer: TextTokenizer
     folder: pathlib.Path
+    lora: LoraSettings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +83,23 @@ def load_model(
         heads: extra outputs, see `models.heads`; they always start at random.
 
     Raises:
-        SettingsError: if the settings name neither, or no tokenizer.
+        SettingsError: if the settings name neither, or no tokenizer, or adapters of a model from
+            scratch.
     """
-    changes = {n: getattr(settings, n) for n in ("param_dtype", "compute_dtype", "remat", "unroll")}
+    names = ("param_dtype", "compute_dtype", "remat", "unroll", "attention")
+    changes = {name: getattr(settings, name) for name in names}
     if settings.path is None and settings.config is None:
         raise SettingsError(
             "model.path is not set: name a folder or a hub model, --set model.path=..."
         )
+    lora, dtype = settings.lora, settings.param_dtype
+    if lora is not None:
+        dtype = lora.base_dtype
+        if settings.path is None:
+            raise SettingsError(
+                "model.lora trains adapters of a pretrained model: name it, --set model.path=..., "
+                "or set model.lora=none"
+            )
     source = settings.tokenizer or settings.path
     if source is None:
         raise SettingsError("model.tokenizer is not set: a model from scratch needs one")
@@ -96,16 +110,22 @@ def load_model(
         config = dataclasses.replace(read_config(weights), **changes)
         policy = make_policy(config)
         placed = param_shardings(policy.logical_axes, param_shapes(config), mesh)
-        params = load_params(weights, config, dtype=settings.param_dtype, shardings=placed)
+        params = load_params(weights, config, dtype=dtype, shardings=placed)
     else:
         config = dataclasses.replace(settings.config, **changes)
         policy = make_policy(config)
         params = init_params(policy, config, mesh, jax.random.key(seed))
+    if lora is not None:
+        policy = with_lora(policy, config, lora)
+        make = functools.partial(init_lora, config=config, lora=lora)
+        key = jax.random.key(seed)
+        placed = param_shardings(policy.logical_axes["lora"], jax.eval_shape(make, key), mesh)
+        params = params | {"lora": jax.jit(make, out_shardings=placed)(key)}
     if heads:
         policy = with_heads(policy, config.hidden_size, heads)
         extra = init_heads(jax.random.key(seed), config.hidden_size, heads)
         params = params | {"heads": jax.device_put(extra, NamedSharding(mesh, PartitionSpec()))}
-    return Model(policy, config, params, tokenizer, folder)
+    return Model(policy, config, params, tokenizer, folder, lora)
 
 
 def init_params(policy: Policy, config: ModelConfig, mesh: Mesh, key: jax.Array) -> Params:

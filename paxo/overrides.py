@@ -82,7 +82,8 @@ def apply_overrides(settings: S, overrides: Iterable[str]) -> S:
             (`20`, `1e-4`), `true` or `false`, text, paths, a choice of a Literal or Enum, `none`
             where the field is Optional, `1,2,3` for tuples, `data:2,fsdp:4` for mappings. The
             name of a record stands for that record with its defaults (`objective=ipo`), beside
-            which its own settings may be given (`objective.tau=0.2`).
+            which its own settings may be given (`objective.tau=0.2`). A setting of an Optional
+            dataclass that is None starts from its defaults, if it has them all.
 
     Raises:
         SettingsError: on an unknown name (naming the nearest), on a value of the wrong type (naming
@@ -192,7 +193,7 @@ def _rebuilt(field: _Field, flags: Mapping[str, _Flag], settings: Any) -> Any:
         if own:
             new[name] = _parse(own, child)
         elif inner:
-            new[name] = _rebuilt(child, inner, settings)
+            new[name] = _rebuilt(_switched_on(child), inner, settings)
     for rest, flag in left.items():
         raise SettingsError(_unknown(flag.key, rest, field.value, list(fields), settings))
     try:
@@ -200,6 +201,17 @@ def _rebuilt(field: _Field, flags: Mapping[str, _Flag], settings: Any) -> Any:
     except (ValueError, TypeError) as error:
         given = ", ".join(f"{flag.key}={flag.text}" for flag in flags.values())
         raise SettingsError(f"{error} (set by {given})") from error
+
+
+def _switched_on(field: _Field) -> _Field:
+    """Of a field that is None, the dataclass that it may hold, where that needs no arguments."""
+    kinds = [kind for kind in _union_members(field.annotation) if dataclasses.is_dataclass(kind)]
+    if field.value is not None or len(kinds) != 1:
+        return field
+    missing = dataclasses.MISSING
+    fields = [f for f in dataclasses.fields(kinds[0]) if f.init]
+    needed = [f for f in fields if f.default is missing and f.default_factory is missing]
+    return field if needed else field._replace(value=kinds[0]())
 
 
 def _named(flag: _Flag, record: Record) -> Any:

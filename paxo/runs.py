@@ -42,7 +42,7 @@ from paxo.objectives import Objective
 from paxo.overrides import SettingsError
 from paxo.reward_scoring import HeadScorer, save_heads
 from paxo.rows import place_rows
-from paxo.scoring import make_scorer
+from paxo.scoring import make_scorer, params_fingerprint
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.loop import fit
 from paxo.training.optimizers import AdamW
@@ -73,10 +73,15 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     data = load_data(settings.data, model, settings.objective)
     check_candidates(settings.objective, data.shape.candidates)
     artifacts.save_model_card(
-        workdir, model.config, model.tokenizer, model.folder, data.heldout or data.groups
+        workdir,
+        model.config,
+        model.tokenizer,
+        model.folder,
+        data.heldout or data.groups,
+        lora=model.lora,
+        base=settings.model.path or "",
     )
-    first = snapshot(model.params)
-    scorers = frozen_scorers(settings, model, first, mesh, workdir)
+    scorers = frozen_scorers(settings, model, mesh, workdir)
     attach = functools.partial(attached, settings.objective, scorers) if scorers else None
     # Rewards are read from sums alone.
     attach_sums = functools.partial(attached, None, scorers)
@@ -108,11 +113,12 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
     measured: dict[int, Estimate | None] = {}
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        found = measured[int(state.step)] = measure(state.params)
+        whole = model.policy.join(state.params, state.frozen)
+        found = measured[int(state.step)] = measure(whole)
         name = "eval/loss" if figure == "heldout_nll" else "eval/rewards/accuracies"
         return {} if found is None else {name: found.value}
 
-    before = measure(first)
+    before = measure(model.params)
     state = train(
         model.policy,
         model.params,
@@ -141,7 +147,12 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         }
     if settings.export:
         artifacts.export_model(
-            state.params, model.config, workdir / "export", model.tokenizer, model.folder
+            model.policy.join(state.params, state.frozen),
+            model.config,
+            workdir / "export",
+            model.tokenizer,
+            model.folder,
+            lora=model.lora,
         )
         if heads and jax.process_index() == 0:
             save_heads(state.params, workdir / "export" / "heads.safetensors")
@@ -173,7 +184,7 @@ def train(
 
     Args:
         policy: the model.
-        params: first parameters; they are copied, not used up.
+        params: first parameters; those that are trained are copied, none are used up.
         objective: what is minimised.
         optimizer: settings, built for `settings.num_steps`.
         batches: rows of host arrays, at their beginning.
@@ -183,32 +194,38 @@ def train(
         attach: adds log-probs of frozen policies to a batch.
         evaluate: measures a state.
         name: what the progress bar says.
-        frozen: parameters that take part but are not trained; copied too.
+        frozen: further parameters that take part but are not trained, such as a reference's head.
 
     Returns:
         The state after the last step.
     """
     transformation = optimizer.build(settings.num_steps)
-    make = functools.partial(init_state, objective=objective, optimizer=transformation)
+    begin = functools.partial(init_state, objective=objective, optimizer=transformation)
     key = jax.random.key(settings.seed)
-    frozen = {} if frozen is None else frozen
-    begin = lambda params, key, frozen: make(params, key=key, frozen=frozen)  # noqa: E731
-    abstract = jax.eval_shape(begin, params, key, frozen)
-    placed = param_shardings(policy.logical_axes, abstract.params, mesh)
-    shardings = state_shardings(abstract, placed, transformation)
+    placed, placed_base = policy.split(param_shardings(policy.logical_axes, params, mesh))
+    params, base = policy.split(params)
+    frozen = base | ({} if frozen is None else frozen)
+    abstract = jax.eval_shape(begin, params, key=key)
+    shardings = state_shardings(
+        abstract.replace(frozen=frozen), placed, transformation, placed_base
+    )
+    frozen = jax.device_put(frozen, shardings.frozen)
+    changing = shardings.replace(frozen={})
     body = make_train_step(policy, objective, transformation, microbatches=settings.microbatches)
     with Checkpointer(
         workdir / "checkpoints",
         every=settings.checkpoint_every,
         keep=settings.keep,
         best_metric=settings.best_metric,
+        frozen={name: params_fingerprint(x) for name, x in frozen.items()},
     ) as checkpointer:
         wanted = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, changing
         )
-        restored = checkpointer.restore_latest(wanted)
+        restored = checkpointer.restore_latest(wanted.replace(frozen=frozen))
         if restored is None:
-            state = jax.jit(begin, out_shardings=shardings)(snapshot(params), key, snapshot(frozen))
+            state = jax.jit(begin, out_shardings=changing)(snapshot(params), key=key)
+            state = state.replace(frozen=frozen)
         else:
             state, position, _ = restored
             batches.restore(DataState.from_dict(position))

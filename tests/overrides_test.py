@@ -25,7 +25,13 @@ class Sgd:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    factor: float = 8.0
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    rank: int = 8
+    alpha: float = 16.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Model:
     path: pathlib.Path | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     rope: Rope | None = None
+    lora: Adapters | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -141,6 +148,14 @@ def test_a_whole_mapping_is_replaced_and_the_last_of_two_flags_wins():
     assert settings.train.seed == 2
 
 
+def test_an_optional_part_is_switched_on_by_one_of_its_settings_and_off_by_none():
+    settings = apply_overrides(Settings(), ["model.lora.rank=4"])
+    assert settings.model.lora == Adapters(rank=4, alpha=16.0)
+    assert flatten(settings)["model.lora.alpha"] == 16.0
+    off = apply_overrides(settings, ["model.lora=none"])
+    assert flatten(off) == flatten(Settings())
+
+
 def test_changes_that_fit_only_together_are_checked_together():
     settings = apply_overrides(Settings(), ["model.num_heads=6", "model.num_kv_heads=3"])
     assert (settings.model.num_heads, settings.model.num_kv_heads) == (6, 3)
@@ -165,6 +180,7 @@ def test_the_settings_given_are_not_changed():
         ("objective.betta=1", "did you mean 'objective.beta'? (objective has: beta, nll.weight)"),
         ("train.seed.x=1", "train.seed is 0, with no settings of its own"),
         ("model.rope.factor=2", "model.rope is None, with no settings of its own"),
+        ("model.lora.rnk=2", "did you mean 'model.lora.rank'? (model.lora has: rank, alpha)"),
         ("train.num_steps=many", "setting 'train.num_steps' wants a whole number; got 'many'"),
         ("train.num_steps=1.5", "wants a whole number; got '1.5'"),
         ("train.num_steps=nan", "wants a whole number; got 'nan'"),

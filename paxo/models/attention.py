@@ -3,7 +3,8 @@
 A group lies in one piece, so a block of query tokens needs the keys from the start of its first
 group up to its own end: a few blocks where a row has many. Few scores are computed densely. Where
 there are more, only those pairs of blocks are computed, with a running softmax and without keeping
-any score; the backward pass computes them again (Dao et al. 2022, arXiv:2205.14135).
+any score; the backward pass computes them again (Dao et al. 2022, arXiv:2205.14135). TPUs and GPUs
+have kernels for that, `splash` and cuDNN's, which are given the rows' masks.
 
 Shapes in names: B rows, T query tokens, S key tokens, G key-value heads, Q query heads a key-value
 head, H head width; M blocks of C tokens in all rows, N of which are worked on side by side.
@@ -17,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from paxo.models.config import Attention
 from paxo.models.sharding import partition_spec, platform
+from paxo.models.splash import LANES, splash_backward, splash_forward
 
 Array = jax.Array
 # Large enough to vanish after the softmax, small enough to stay finite in bfloat16.
@@ -27,18 +30,28 @@ MASKED = -1e30
 Sizes = collections.namedtuple("Sizes", "dense block scores")
 SIZES = {"cpu": Sizes(2**20, 64, 2**17)}
 SIZES_ELSEWHERE = Sizes(2**22, 128, 2**24)
+# Where each kernel runs; on CPU splash is interpreted.
+PLATFORMS = {"splash": ("tpu", "cpu"), "cudnn": ("gpu",)}
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def packed_attention(
-    q_BTGQH: Array, k_BTGH: Array, v_BTGH: Array, group_BT: Array, branch_BT: Array
+    q_BTGQH: Array,
+    k_BTGH: Array,
+    v_BTGH: Array,
+    group_BT: Array,
+    branch_BT: Array,
+    how: Attention = "auto",
 ) -> Array:
     """Softmax attention of each token to itself and the earlier ones of its prompt and its branch.
 
     `group_BT` is 0 on padding, and the tokens of a group lie side by side; `branch_BT` is 0 on its
     prompt and k on its completion k. Scores and softmax are float32. On a mesh rows and key-value
     heads stay where they are. Differentiable once, in reverse mode.
+
+    `how` it is computed changes the last bits only, see `ModelConfig.attention`; a ValueError says
+    where a kernel does not run.
 
     Returns `[B, T, G, Q, H]` in the dtype of the queries, 0 on padding.
 
@@ -47,13 +60,33 @@ def packed_attention(
     >>> packed_attention(zeros, zeros[..., 0], value.reshape(1, 4, 1, 1), group, branch).ravel()
     Array([0., 1., 3., 2.], dtype=float32)
     """
-    b, t, g, q, _ = q_BTGQH.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    if b * g * q * t * t <= _sizes().dense * (1 if mesh.empty else mesh.size):
-        return _dense(q_BTGQH, k_BTGH, v_BTGH, group_BT, branch_BT)
-    short = -t % _sizes().block
+    how = _chosen(q_BTGQH) if how == "auto" else how
+    if platform() not in PLATFORMS.get(how, (platform(),)):
+        raise ValueError(
+            f"attention {how!r} runs on {' and '.join(PLATFORMS[how])}; this program is for "
+            f"{platform()}: set model.attention=auto"
+        )
+    rows = q_BTGQH, k_BTGH, v_BTGH, group_BT, branch_BT
+    if how == "dense":
+        return _dense(*rows)
+    if how == "cudnn":
+        return _on_each_device(functools.partial(_fused, how), "www..", "w")(*rows)
+    length = q_BTGQH.shape[1]
+    short = -length % (LANES if how == "splash" else _sizes().block)
     pad = lambda x: jnp.pad(x, ((0, 0), (0, short), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
-    return _sparse(*map(pad, (q_BTGQH, k_BTGH, v_BTGH, group_BT, branch_BT)))[:, :t]
+    return (_splash if how == "splash" else _sparse)(*map(pad, rows))[:, :length]
+
+
+def _chosen(q: Array) -> Attention:
+    """The way for queries of this shape and dtype, where the program is going to run."""
+    b, t, g, per_key, h = q.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    if b * g * per_key * t * t <= _sizes().dense * (1 if mesh.empty else mesh.size):
+        return "dense"
+    if platform() == "tpu":
+        return "splash"
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and h % 8 == 0 and h <= 128 and t % 2 == 0
+    return "cudnn" if platform() == "gpu" and fits else "blocks"
 
 
 def _sizes() -> Sizes:
@@ -65,6 +98,13 @@ def _related(group_q: Array, branch_q: Array, group_k: Array, branch_k: Array) -
     group_q, branch_q = group_q[..., :, None], branch_q[..., :, None]
     group_k, branch_k = group_k[..., None, :], branch_k[..., None, :]
     return (group_q == group_k) & (group_q != 0) & ((branch_k == 0) | (branch_k == branch_q))
+
+
+def _visible(group: Array, branch: Array) -> Array:
+    """`[..., T] -> [..., T, T]`: whom a token sees; padding itself, so that no sum is empty."""
+    index = jnp.arange(group.shape[-1])
+    earlier = index[:, None] >= index
+    return (_related(group, branch, group, branch) & earlier) | (index[:, None] == index)
 
 
 def _dense(q: Array, k: Array, v: Array, group: Array, branch: Array) -> Array:
@@ -80,30 +120,41 @@ def _dense(q: Array, k: Array, v: Array, group: Array, branch: Array) -> Array:
     return jnp.where((group != 0)[..., None, None, None], mixed.transpose(0, 3, 1, 2, 4), 0)
 
 
-# --- pairs of blocks --------------------------------------------------------------------------
+def _fused(implementation: str, q: Array, k: Array, v: Array, group: Array, branch: Array) -> Array:
+    """By `jax.nn`: "cudnn", or "xla" for tests of what is handed to it."""
+    b, t, g, per_key, h = q.shape
+    mask = _visible(group, branch)[:, None]
+    query = q.reshape(b, t, g * per_key, h)
+    out = jax.nn.dot_product_attention(query, k, v, mask=mask, implementation=implementation)
+    return jnp.where((group != 0)[..., None, None, None], out.reshape(q.shape), 0)
 
 
-@jax.custom_vjp
-def _sparse(q: Array, k: Array, v: Array, group: Array, branch: Array) -> Array:
-    return _sparse_forward(q, k, v, group, branch)[0]
+def _with_own_gradient(forward: Callable, backward: Callable) -> Callable:
+    """`(q, k, v, group, branch) -> out` of which out and the logs of the sums are kept, no scores.
 
+    `forward` gives both for a device's own rows and heads, `backward` takes all that, and the
+    gradient of out.
+    """
 
-def _sparse_forward(q, k, v, group, branch):
-    out, lse = _on_each_device(_forward, "www..", "wm")(q, k, v, group, branch)
-    return out, (q, k, v, group, branch, out, lse)
+    @jax.custom_vjp
+    def attend(q: Array, k: Array, v: Array, group: Array, branch: Array) -> Array:
+        return keep(q, k, v, group, branch)[0]
 
+    def keep(q, k, v, group, branch):
+        out, lse = _on_each_device(forward, "www..", "wm")(q, k, v, group, branch)
+        return out, (q, k, v, group, branch, out, lse)
 
-def _sparse_backward(kept, d_out):
-    return *_on_each_device(_backward, "www..wmw", "www")(*kept, d_out), None, None
+    def gradients(kept, d_out):
+        return *_on_each_device(backward, "www..wmw", "www")(*kept, d_out), None, None
 
-
-_sparse.defvjp(_sparse_forward, _sparse_backward)
+    attend.defvjp(keep, gradients)
+    return attend
 
 
 def _on_each_device(function: Callable, takes: str, gives: str) -> Callable:
     """`function` of each device's own rows and heads, so that loops are as long as these need.
 
-    Arrays are `[B, T, G, ...]` (w), `[B, T]` (.) and `[M, G, ...]` (m); the first is one of w.
+    Arrays are `[B, T, G, ...]` (w), `[B, T]` (.) and `[B or M, G, ...]` (m); the first is one of w.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if "tensor" not in mesh.shape or mesh.size == 1:
@@ -114,11 +165,15 @@ def _on_each_device(function: Callable, takes: str, gives: str) -> Callable:
         rows, _, heads, *_ = partition_spec(axes, q.shape, mesh.shape)
         spec = {"w": P(rows, None, heads), ".": P(rows), "m": P(rows, heads)}
         into, out_of = (tuple(spec[kind] for kind in kinds) for kinds in (takes, gives))
+        out_of = out_of if len(gives) > 1 else out_of[0]
         # The check would want every loop's start to be marked as differing between devices.
         placed = jax.shard_map(function, in_specs=into, out_specs=out_of, check_vma=False)
         return placed(q, *others)
 
     return run
+
+
+# --- pairs of blocks --------------------------------------------------------------------------
 
 
 def _forward(q, k, v, group, branch) -> tuple[Array, Array]:
@@ -247,3 +302,32 @@ def _join(x: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `_cut`."""
     blocks = x.reshape(*x.shape[:2], -1, _sizes().block, x.shape[-1])
     return blocks.transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+_sparse = _with_own_gradient(_forward, _backward)
+
+
+# --- splash -----------------------------------------------------------------------------------
+
+
+def _splash_forward(q, k, v, group, branch) -> tuple[Array, Array]:
+    """Row by row: each has a mask of its own."""
+
+    def of_row(row):
+        *arrays, group, branch = row
+        out, lse = splash_forward(*arrays, _visible(group, branch))
+        return jnp.where((group != 0)[:, None, None, None], out, 0), lse
+
+    return jax.lax.map(of_row, (q, k, v, group, branch))
+
+
+def _splash_backward(q, k, v, group, branch, out, lse, d_out) -> tuple[Array, Array, Array]:
+    def of_row(row):
+        q, k, v, group, branch, out, lse, d_out = row
+        d_out = jnp.where((group != 0)[:, None, None, None], d_out, 0)
+        return splash_backward(q, k, v, _visible(group, branch), out, lse, d_out)
+
+    return jax.lax.map(of_row, (q, k, v, group, branch, out, lse, d_out))
+
+
+_splash = _with_own_gradient(_splash_forward, _splash_backward)

@@ -1,10 +1,15 @@
-"""The shape of a Llama-family decoder, checked when it is built."""
+"""The shape of a Llama-family decoder and of its adapters, checked when it is built."""
 
 import dataclasses
+import math
+import typing
 from typing import Literal
 
 Remat = Literal["none", "full", "dots"]
 Float = Literal["float32", "bfloat16"]
+Attention = Literal["auto", "dense", "blocks", "splash", "cudnn"]
+Projection = Literal["qkv", "out", "gate_up", "down"]
+PROJECTIONS: tuple[Projection, ...] = typing.get_args(Projection)
 
 # With few layers a loop over them runs faster than a scan and compiles quickly enough.
 UNROLL_AT_MOST = 8
@@ -62,6 +67,9 @@ class ModelConfig:
         unroll: whether the scan over layers is unrolled; None unrolls up to 8 layers. Unrolling is
             about 20 % faster for small models on CPU, a rolled scan compiles in constant time and
             is what rematerialisation needs in order to save memory.
+        attention: how attention over packed rows is computed: all scores at once ("dense"), pairs
+            of blocks that hold any ("blocks"), by the kernels of TPUs ("splash") or of GPUs
+            ("cudnn"); "auto" chooses by size, dtype and the devices that the program is for.
 
     Raises:
         ValueError: if sizes do not fit one another.
@@ -87,6 +95,7 @@ class ModelConfig:
     compute_dtype: Float = "float32"
     remat: Remat = "none"
     unroll: bool | None = None
+    attention: Attention = "auto"
 
     def __post_init__(self):
         for name in (
@@ -112,6 +121,7 @@ class ModelConfig:
             ("param_dtype", ("float32", "bfloat16")),
             ("compute_dtype", ("float32", "bfloat16")),
             ("remat", ("none", "full", "dots")),
+            ("attention", typing.get_args(Attention)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -127,3 +137,54 @@ class ModelConfig:
     def unrolled(self) -> bool:
         """Whether the scan over layers is unrolled."""
         return self.num_layers <= UNROLL_AT_MOST if self.unroll is None else self.unroll
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the projections of a frozen decoder (Hu et al. 2021, arXiv:2106.09685).
+
+    A projection's output `x W` becomes `x W + scale * (x A) B`, where only A and B are trained.
+
+    Attributes:
+        rank: r, the width between A and B.
+        alpha: `scale` is `alpha / rank`.
+        rank_stabilized: `scale` is `alpha / sqrt(rank)` instead (Kalajdzievski 2023,
+            arXiv:2312.03732), so that updates do not shrink as the rank grows.
+        targets: projections with adapters. Query, key and value come from one product and share
+            one A, gate and up likewise.
+        base_dtype: dtype in which the frozen weights are kept.
+
+    Raises:
+        ValueError: for values out of range.
+
+    >>> LoraSettings(rank=16, alpha=32).scale
+    2.0
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    rank_stabilized: bool = False
+    targets: tuple[Projection, ...] = PROJECTIONS
+    base_dtype: Float = "bfloat16"
+
+    def __post_init__(self):
+        # Lists come from files; the record is a static argument and has to be hashable.
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1:
+            raise ValueError(f"lora.rank must be at least 1; got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha must be above 0; got {self.alpha}")
+        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(
+                f"lora.targets are some of {', '.join(PROJECTIONS)}, each once; got {self.targets}"
+            )
+        if self.base_dtype not in typing.get_args(Float):
+            raise ValueError(
+                f"lora.base_dtype must be float32 or bfloat16; got {self.base_dtype!r}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' output."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)

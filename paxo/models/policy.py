@@ -125,15 +125,18 @@ def _run_layers(
     """Runs `x` through all layers: `attend(q, k, v, of_this_layer) -> (attended, kept)`.
 
     Returns the last `x` and what each layer kept, stacked; `per_layer` and what was kept are tuples
-    where the layers' parameters are.
+    where the layers' parameters are. `params["adapters"]`, if there, lie as the layers do: name of
+    a projection -> its low-rank pair.
     """
     graph, state = _abstract_block(config)
 
     def layer(x, inputs):
-        weights, of_this_layer = inputs
+        weights, adapters, of_this_layer = inputs
         filled = jax.tree.map(lambda leaf: leaf, state)
         nnx.replace_by_pure_dict(filled, weights)
         block = nnx.merge(graph, filled)
+        for name, pair in adapters.items():
+            block.projection(name).adapt(**pair)
         return block(x, lambda q, k, v: attend(q, k, v, of_this_layer))
 
     if config.remat != "none":
@@ -142,12 +145,14 @@ def _run_layers(
         )
     layers = params["layers"]
     if isinstance(layers, tuple):
-        kept = []
-        for inputs in zip(layers, per_layer or (None,) * len(layers)):
+        none, kept = (None,) * len(layers), []
+        adapters = params.get("adapters", ({},) * len(layers))
+        for inputs in zip(layers, adapters, per_layer or none):
             x, of_this = layer(x, inputs)
             kept.append(of_this)
         return x, tuple(kept)
-    return jax.lax.scan(layer, x, (layers, per_layer), unroll=config.unrolled or 1)
+    inputs = layers, params.get("adapters", {}), per_layer
+    return jax.lax.scan(layer, x, inputs, unroll=config.unrolled or 1)
 
 
 def _embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
@@ -167,7 +172,7 @@ def _trunk(config, params, tokens, positions, group, branch) -> Array:
     def attend(q, k, v, _):
         q = transformer.rotate(q, positions, frequencies)
         k = transformer.rotate(k, positions, frequencies)
-        return packed_attention(q, k, v, group, branch), None
+        return packed_attention(q, k, v, group, branch, config.attention), None
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
     x, _ = _run_layers(config, params, x, attend)
@@ -194,10 +199,11 @@ def _prepare(config: ModelConfig, params: Params) -> Params:
 
     A step would otherwise cast all weights, and cut every layer's out of the stacked arrays, again.
     """
-    names = ("embed", "layers", "norm", "head")
+    names = ("embed", "layers", "adapters", "norm", "head")
     kept = {name: params[name] for name in names if name in params}
     kept = jax.tree.map(lambda x: x.astype(config.compute_dtype), kept)
-    return kept | {"layers": _layer_by_layer(config, kept["layers"])}
+    stacked = {name: kept[name] for name in ("layers", "adapters") if name in kept}
+    return kept | {name: _layer_by_layer(config, tree) for name, tree in stacked.items()}
 
 
 def _layer_by_layer(config: ModelConfig, stacked: Any) -> Any:
@@ -222,7 +228,9 @@ def _prefill(config, params, tokens, lengths, num_candidates, max_new) -> tuple[
         shape = (len(tokens) * num_candidates, config.num_kv_heads, max_new, config.head_dim)
         empty = constrain(jnp.zeros(shape, k.dtype), *OWN_AXES)
         prompt = (constrain(x.swapaxes(1, 2), *PROMPT_AXES) for x in (k, v))
-        return packed_attention(q, k, v, group, branch), LayerCache(*prompt, empty, empty)
+        return packed_attention(q, k, v, group, branch, config.attention), LayerCache(
+            *prompt, empty, empty
+        )
 
     x = constrain(_embed(config, params, tokens), "batch", "length", "activation_embed")
     x, layers = _run_layers(config, params, x, attend)

@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "gate_up": None,
     "mlp": "tensor",
     "norm": None,
+    "lora_rank": None,
     # activations
     "batch": ("data", "fsdp"),
     "length": None,

@@ -31,13 +31,23 @@ class Weight(nnx.Module):
         )
         self.inputs = inputs
         self.dtype = jnp.dtype(config.compute_dtype)
+        self.adapter: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Array) -> Array:
         """Contracts the last `inputs` axes of `x` with the first of the kernel."""
-        kernel = self.kernel[...].astype(self.dtype)
-        over = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs))
-        y = jax.lax.dot_general(x, kernel, (over, ((), ())))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        y = self._product(x, self.kernel[...], self.inputs)
+        y = y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.adapter is None else y + self.adapter(x)
+
+    def adapt(self, lora_a: Array, lora_b: Array) -> None:
+        """Adds `(x A) B` to the output: `A [*inputs, r]`, `B [r, *outputs]`."""
+        self.adapter = lambda x: self._product(
+            self._product(x, lora_a, self.inputs), lora_b, inputs=1
+        )
+
+    def _product(self, x: Array, kernel: Array, inputs: int) -> Array:
+        over = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+        return jax.lax.dot_general(x, kernel.astype(self.dtype), (over, ((), ())))
 
 
 class RMSNorm(nnx.Module):
@@ -103,6 +113,10 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config)
         self.mlp = SwiGLU(config, rngs=rngs)
+
+    def projection(self, name: str) -> Weight:
+        """The weight of this name (`config.PROJECTIONS`)."""
+        return getattr(self.attention if hasattr(self.attention, name) else self.mlp, name)
 
     def __call__(self, x: Array, attend: Callable[..., tuple[Array, Any]]) -> tuple[Array, Any]:
         """`attend(q, k, v) -> (attended [B, T, G, Q, H], kept)`; returns the new `x` and `kept`."""

@@ -4,6 +4,9 @@ A thin layer over Orbax, which copies the arrays to the host before `save` retur
 them, so that a donating step writes elsewhere), writes them in the background under another name,
 and renames the folder when all is there. What a kill leaves half-written is therefore never read,
 and removed at the next start.
+
+`TrainState.frozen` is left out, as it follows from the settings of the run: only a fingerprint of
+it is kept, so that a run does not go on with another base or reference.
 """
 
 import contextlib
@@ -20,9 +23,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from paxo.training.state import TrainState
+
 logger = logging.getLogger(__name__)
 
 State = TypeVar("State")
+# Name of the fingerprints beside the position in the data.
+FROZEN = "frozen"
 
 
 class Checkpointer:
@@ -36,6 +43,8 @@ class Checkpointer:
             without metrics take no part.
         best_mode: whether a larger or a smaller value is better.
         keep_best: how many of the best are kept.
+        frozen: name -> fingerprint of the arrays in `TrainState.frozen`, which are not saved: a
+            checkpoint made with others is refused.
 
     Raises:
         OSError: the folder cannot be written.
@@ -50,6 +59,7 @@ class Checkpointer:
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",
         keep_best: int = 1,
+        frozen: Mapping[str, str] | None = None,
     ):
         for name, value in (("every", every), ("keep", keep), ("keep_best", keep_best)):
             if value < 1:
@@ -59,6 +69,7 @@ class Checkpointer:
         self.folder = epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
         self.every = every
         self.best_metric = best_metric
+        self.frozen = dict(frozen or {})
         self._sign = 1.0 if best_mode == "max" else -1.0
         _check_writable(self.folder)
         self._threads = _QuietThreads()
@@ -106,7 +117,7 @@ class Checkpointer:
         Args:
             step: number of training steps taken. A step that is already saved is left alone.
             state: a pytree of arrays, typed random keys among them; it may be donated afterwards.
-            data: position of the next batch to be trained on, anything JSON can say.
+            data: position of the next batch to be trained on, anything JSON can say but "frozen".
             metrics: what this state was found to be worth, for `best_metric`.
 
         Raises:
@@ -119,8 +130,9 @@ class Checkpointer:
             )
         if step in self.steps():
             return
+        position = dict(data) | ({FROZEN: self.frozen} if self.frozen else {})
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))
+            state=ocp.args.StandardSave(_changing(state)), data=ocp.args.JsonSave(position)
         )
         self.wait()
         with self._one_clear_line(OSError):
@@ -145,12 +157,15 @@ class Checkpointer:
             step: one of `steps()`.
             abstract_state: a pytree of `jax.ShapeDtypeStruct` (or arrays) like the saved one; their
                 shardings, on any mesh, are those of the result (without one: the first device).
+                What a `TrainState` holds as `frozen` is in the result as it is given.
 
         Raises:
-            ValueError: the checkpoint is of another model or optimiser, or it is damaged.
+            ValueError: the checkpoint is of another model, optimiser or frozen parameters, or it is
+                damaged.
         """
         self.wait()
-        abstract_state = jax.tree.map(_abstract, abstract_state)
+        given = abstract_state
+        abstract_state = jax.tree.map(_abstract, _changing(given))
         try:
             found = self._manager.item_metadata(step)["state"].tree
         except Exception as error:
@@ -163,7 +178,11 @@ class Checkpointer:
             restored = self._manager.restore(step, args=args)
         except Exception as error:
             raise ValueError(self._damaged(step, error)) from error
-        return restored["state"], dict(restored["data"])
+        state, position = restored["state"], dict(restored["data"])
+        _check_same_frozen(self.folder / str(step), position.pop(FROZEN, {}), self.frozen)
+        if isinstance(given, TrainState):
+            state = state.replace(frozen=given.frozen)
+        return state, position
 
     def _damaged(self, step: int, error: Exception) -> str:
         return (
@@ -274,6 +293,20 @@ def _remove_unfinished(folder: epath.Path) -> None:
             path.rmtree()
 
 
+def _changing(state: State) -> State:
+    """The state without what is frozen."""
+    return state.replace(frozen={}) if isinstance(state, TrainState) else state
+
+
+def _check_same_frozen(where: epath.Path, before: Mapping[str, str], now: Mapping[str, str]):
+    differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if differ:
+        raise ValueError(
+            f"checkpoint {where} was made with other frozen parameters ({', '.join(differ)}): give "
+            "the model and the reference that the run began with, or choose another folder"
+        )
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """Shape, dtype and sharding of an array or of something like it."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -335,15 +368,8 @@ def read_params(folder: str | os.PathLike[str], step: int | None = None) -> Any:
     Raises:
         FileNotFoundError: if there is no such checkpoint; the message names those there are.
     """
-    path = epath.Path(folder)
-    names = [p.name for p in path.iterdir()] if path.exists() else []
-    steps = sorted(int(name) for name in names if name.isdecimal())
-    step = max(steps, default=None) if step is None else step
-    if step not in steps:
-        which = "" if step is None else f" of step {step}"
-        raise FileNotFoundError(f"{folder}: no checkpoint{which}; there are {steps}")
+    where = _folder_of(folder, step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        where = path / str(step) / "state"
         found = reader.metadata(where).item_metadata.tree["params"]
         first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         wanted = {
@@ -354,3 +380,24 @@ def read_params(folder: str | os.PathLike[str], step: int | None = None) -> Any:
         arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
         return reader.restore(where, args=args)["params"]
+
+
+def read_frozen(folder: str | os.PathLike[str], step: int | None = None) -> dict[str, str]:
+    """Name -> fingerprint of the frozen parameters beside which a checkpoint's were trained.
+
+    Arguments and errors are those of `read_params`.
+    """
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return dict(reader.restore(_folder_of(folder, step) / "data").get(FROZEN, {}))
+
+
+def _folder_of(folder: str | os.PathLike[str], step: int | None) -> epath.Path:
+    """The folder of one checkpoint, by default the newest."""
+    path = epath.Path(folder)
+    names = [p.name for p in path.iterdir()] if path.exists() else []
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    step = max(steps, default=None) if step is None else step
+    if step not in steps:
+        which = "" if step is None else f" of step {step}"
+        raise FileNotFoundError(f"{folder}: no checkpoint{which}; there are {steps}")
+    return path / str(step)

@@ -55,18 +55,22 @@ def value_and_gradient(
     batch: PreferenceBatch,
     loss_of: RowsLoss,
     split: Callable[[Any], Any],
+    *,
+    join: Callable[[Params], Params] = lambda params: params,
 ) -> tuple[tuple[Array, Any], Params]:
     """`(loss, means), gradient` of all rows.
 
     Args:
         policy: the model.
-        params: its parameters.
+        params: its trained parameters.
         batch: packed rows.
         loss_of: loss and means of some rows, which add up over rows.
         split: puts `[R, ...]` arrays into `[parts, R / parts, ...]`.
+        join: adds to the trained parameters those that are frozen.
     """
 
     def states_and_head(params: Params) -> tuple:
+        params = join(params)
         hidden = scoring.all_hidden(policy, params, batch)
         return hidden, scoring.head_of(policy, params), params.get("heads", {})
 

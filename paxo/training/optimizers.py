@@ -9,7 +9,7 @@ import optax
 
 Schedule = Literal["constant", "linear", "cosine"]
 # Norm scales and biases are not decayed.
-DECAYED = ("kernel", "embedding")
+DECAYED = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 class Scheduled(NamedTuple):
@@ -33,7 +33,8 @@ class AdamW:
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay of kernels and embeddings, not of norms and biases.
+        weight_decay: decoupled decay of kernels, embeddings and adapters; norms and biases have
+            none.
         max_grad_norm: global norm to which gradients are clipped; None does not clip.
         moments_dtype: dtype of the first moment; None keeps the parameters'.
     """
@@ -139,7 +140,7 @@ def adamw(learning_rate: float, **settings: Any) -> AdamW:
 
 
 def decay_mask(params: Any) -> Any:
-    """True on kernels and embeddings, False on norm scales and biases."""
+    """True on kernels, embeddings and adapters, False on norm scales and biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) in DECAYED, params
     )

@@ -90,29 +90,39 @@ def make_train_step(
 
 
 class CompiledStep:
-    """A step on a mesh: rows split over `data` and `fsdp`, the state donated."""
+    """A step on a mesh: rows split over `data` and `fsdp`, the state donated.
+
+    What is frozen is never donated and comes back as it was: others may hold the same arrays.
+    """
 
     def __init__(self, step: Step, mesh: Mesh, shardings: TrainState, *, donate: bool = True):
         self.mesh = mesh
         rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
+        changing = shardings.replace(frozen={})
+
+        def run(state: TrainState, frozen: Params, batch: PreferenceBatch):
+            state, report = step(state.replace(frozen=frozen), batch)
+            return state.replace(frozen={}), report
+
         self._jitted = jax.jit(
-            step,
-            in_shardings=(shardings, rows),
-            out_shardings=(shardings, everywhere),
+            run,
+            in_shardings=(changing, shardings.frozen, rows),
+            out_shardings=(changing, everywhere),
             donate_argnums=0 if donate else (),
         )
 
     def __call__(
         self, state: TrainState, batch: PreferenceBatch
     ) -> tuple[TrainState, dict[str, Array]]:
-        """Runs the step; `state` is used up unless it is not donated."""
+        """Runs the step; `state` is used up, but for what is frozen, unless it is not donated."""
         with jax.set_mesh(self.mesh):
-            return self._jitted(state, batch)
+            after, report = self._jitted(state.replace(frozen={}), state.frozen, batch)
+        return after.replace(frozen=state.frozen), report
 
     def lower(self, state: TrainState, batch: PreferenceBatch) -> Any:
         """The lowered program of these (or only their shapes), to be compiled and looked at."""
         with jax.set_mesh(self.mesh):
-            return self._jitted.lower(state, batch)
+            return self._jitted.lower(state.replace(frozen={}), state.frozen, batch)
 
 
 def compile_step(
@@ -174,9 +184,14 @@ class _Run:
 
     def scores(self, params: Params, batch: PreferenceBatch) -> dict[str, Array]:
         """The arrays that depend on the parameters, by the names that losses give them."""
+        params = self.join(params)
         hidden = scoring.all_hidden(self.policy, params, batch)
         head = scoring.head_of(self.policy, params)
         return self.readings(hidden, head, params.get("heads", {}), batch)
+
+    def join(self, params: Params) -> Params:
+        """Trained and frozen parameters as the policy takes them."""
+        return self.policy.join(params, self.state.frozen or {})
 
     def readings(
         self,
@@ -244,7 +259,7 @@ def _separable_gradients(run: _Run, batch: PreferenceBatch):
         return loss_of(run.readings(hidden, head, heads, rows, keep_logits=True), rows)
 
     def of_part(part: PreferenceBatch):
-        parts = one_pass.parts(run.policy, state.params, part, _ways())
+        parts = one_pass.parts(run.policy, run.join(state.params), part, _ways())
         if parts is None:
             (loss, means), grads = jax.value_and_grad(
                 lambda params: loss_of(run.scores(params, part), part), has_aux=True
@@ -252,7 +267,7 @@ def _separable_gradients(run: _Run, batch: PreferenceBatch):
         else:
             split = functools.partial(_split, parts=parts)
             (loss, means), grads = one_pass.value_and_gradient(
-                run.policy, state.params, part, of_rows, split
+                run.policy, state.params, part, of_rows, split, join=run.join
             )
         return grads, loss, means
 

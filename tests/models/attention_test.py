@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
 from paxo.models import attention
 from paxo.models.attention import Sizes, packed_attention
@@ -13,6 +14,12 @@ from paxo.models.sharding import make_mesh
 
 # One product of 8 x 8 tokens and 4 heads at a time is 256 scores: seven blocks go side by side.
 DENSE, BLOCKS, ONE_BLOCK = Sizes(2**30, 8, 2**11), Sizes(0, 8, 7 * 256), Sizes(0, 16, 1)
+
+TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def use(monkeypatch, sizes):
@@ -259,3 +266,88 @@ def test_a_scan_of_layers_equals_the_layers_in_turn(remat, unroll, monkeypatch):
         value_and_gradient(scanned, inputs, weight)[:2],
         value_and_gradient(in_turn, inputs, weight)[:2],
     )
+
+
+def test_kernels_divide_by_no_empty_sum_and_see_nothing_but_what_is_allowed():
+    group, branch = made_labels(4, 50)
+    mask = np.asarray(attention._visible(group, branch))
+    assert mask.any(-1).all()
+    np.testing.assert_array_equal(mask[group != 0], allowed(group, branch)[group != 0])
+
+
+def test_splash_is_that_of_the_definition_with_rows_of_padding_and_cut_blocks():
+    # Three blocks of 128 tokens, the last cut; interpreted here, as there is no TPU.
+    group, branch = made_labels(3, 300, longest=60)
+    inputs, weight = made_inputs(3, 300, width=8)
+    attend = functools.partial(packed_attention, group_BT=group, branch_BT=branch, how="splash")
+    found = value_and_gradient(attend, inputs, weight)
+    mask = allowed(group, branch)
+    assert_close(found, value_and_gradient(functools.partial(by_definition, mask), inputs, weight))
+    assert not any(np.any(x[group == 0]) for x in found)
+
+
+def test_what_cudnn_is_handed_gives_the_definition_by_xla():
+    group, branch = made_labels(6, 50)
+    inputs, weight = made_inputs(6, 50)
+    found = value_and_gradient(
+        lambda *x: attention._fused("xla", *x, group, branch), inputs, weight
+    )
+    mask = allowed(group, branch)
+    assert_close(found, value_and_gradient(functools.partial(by_definition, mask), inputs, weight))
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "width", "length", "expected"),
+    [
+        ("tpu", "float32", 128, 4096, "splash"),
+        ("tpu", "float32", 128, 64, "dense"),
+        ("gpu", "bfloat16", 128, 4096, "cudnn"),
+        ("gpu", "float32", 128, 4096, "blocks"),
+        ("gpu", "bfloat16", 256, 4096, "blocks"),
+        ("gpu", "bfloat16", 128, 4095, "blocks"),
+        ("cpu", "bfloat16", 128, 4096, "blocks"),
+    ],
+)
+def test_the_way_is_chosen_by_platform_size_and_dtype(
+    platform, dtype, width, length, expected, monkeypatch
+):
+    monkeypatch.setattr(attention, "platform", lambda: platform)
+    queries = jax.ShapeDtypeStruct((1, length, 2, 4, width), dtype)
+    assert attention._chosen(queries) == expected
+
+
+def test_a_kernel_of_another_device_is_refused():
+    group, branch = made_labels(2, 16)
+    inputs, _ = made_inputs(2, 16)
+    with pytest.raises(ValueError, match="'cudnn' runs on gpu; this program is for cpu"):
+        packed_attention(*inputs, group, branch, "cudnn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_splash_compiles_for_a_tpu_that_is_not_here(width, monkeypatch):
+    """The program of a v5e pod, chosen by its mesh on a machine whose own platform is the CPU."""
+    pytest.importorskip("libtpu", reason="libtpu, with which programs for TPUs are compiled")
+    for name, value in TPU.items():
+        monkeypatch.setenv(name, value)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+    mesh = make_mesh(4, 2, 2, devices=topology.devices)
+    rows, length, kv_heads, per_key = 16, 2000, 2, 4
+    by_row = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    by_head = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
+    heads = (rows, length, kv_heads)
+    shapes = (*heads, per_key, width), (*heads, width), (*heads, width)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=by_head) for shape in shapes]
+    labels = [jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=by_row)] * 2
+
+    def both_passes(q, k, v, group, branch):
+        out, back = jax.vjp(lambda *x: packed_attention(*x, group, branch), q, k, v)
+        return out, back(out)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(both_passes).lower(*arrays, *labels).compile()
+    # Forward, gradient of the queries, gradient of keys and values.
+    assert compiled.as_text().count("custom-call(") >= 3
+    assert "tpu_custom_call" in compiled.as_text()
+    # Scores of one head of a device's two rows would take as much.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * length**2 * per_key

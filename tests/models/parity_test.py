@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paxo.models import policy, pretrained
-from paxo.models.config import ModelConfig, RopeScaling
+from paxo.models import lora, policy, pretrained
+from paxo.models.config import LoraSettings, ModelConfig, RopeScaling
 
 pytestmark = pytest.mark.parity
 
@@ -132,6 +132,24 @@ def test_transformers_computes_the_same_from_an_export(variant, tmp_path):
     folder = pretrained.export(params, config, tmp_path / "export", max_shard_bytes=40_000)
     ours = paxo_logits(folder, TOKENS)
     np.testing.assert_allclose(ours, torch_logits(reload(folder), TOKENS), atol=1e-4)
+
+
+def test_transformers_computes_the_logits_of_adapters_from_their_merged_export(tmp_path):
+    pytest.importorskip("torch")
+    settings = LoraSettings(rank=4, alpha=2.0)
+    model = lora.with_lora(policy.make_policy(OURS), OURS, settings)
+    params = model.init(jax.random.key(0))
+    for pair, key in zip(params["lora"].values(), jax.random.split(jax.random.key(1), 4)):
+        pair["lora_b"] = 0.3 * jax.random.normal(key, pair["lora_b"].shape)
+    merged = lora.merge_lora(params, OURS, settings)
+    folder = pretrained.export(merged, OURS, tmp_path / "export")
+    tokens = jnp.asarray(TOKENS)
+    ones = jnp.ones_like(tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    with jax.default_matmul_precision("highest"):
+        ours = model.head(params, model.trunk(params, tokens, positions, ones, ones - 1))
+    theirs = torch_logits(reload(folder), TOKENS)
+    np.testing.assert_allclose(theirs, ours, atol=1e-5 * np.abs(ours).max())
 
 
 def test_a_bfloat16_export_is_loaded_in_bfloat16(tmp_path):
