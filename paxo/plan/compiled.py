@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh
 from paxo.plan.chips import GIB
 from paxo.plan.shapes import Run, bytes_per_device, placement, with_shardings
@@ -74,7 +75,7 @@ def compile_programs(
         role: bytes_per_device(run.references[role], placed.references[role])
         for role in run.references
     }
-    held = sum(references.values())
+    held = sum(references[role] for role in run.copies)
     first = next(iter(references.values()), 0)
     # Each program, and what it is given of the state and of the frozen policies.
     given = {
@@ -109,7 +110,8 @@ def lower_scorer(run: Run, mesh: Mesh) -> Any:
     placed = placement(run, mesh)
     role = next(iter(run.references))
     params = with_shardings(run.references[role], placed.references[role])
-    scorer = make_scorer(run.policy, params, mesh=mesh)
+    # Without adapters and heads, which a frozen policy has none of.
+    scorer = make_scorer(make_policy(run.config), params, mesh=mesh)
     return scorer.lower(with_shardings(run.batch, placed.batch))
 
 

@@ -88,7 +88,7 @@ def held_bytes(run: Run, mesh: jax.sharding.AbstractMesh) -> Held:
         of(run.state.params, placed.state.params),
         of(run.state.frozen, placed.state.frozen),
         of(run.state.opt_state, placed.state.opt_state),
-        sum(of(run.references[r], placed.references[r]) for r in run.references),
+        sum(of(run.references[r], placed.references[r]) for r in run.copies),
         of(prepared, placed.params),
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from paxo.experiment import Experiment
 from paxo.models.config import ModelConfig
 from paxo.models.heads import HEADS, init_heads, with_heads
 from paxo.models.known import known_config
+from paxo.models.lora import init_lora, with_lora
 from paxo.models.policy import make_policy, param_shapes
 from paxo.models.pretrained import read_config, resolve_model
 from paxo.models.sharding import MESH_AXES, param_shardings, partition_spec
@@ -21,6 +23,8 @@ from paxo.objectives import HIDDEN_ROLE
 from paxo.overrides import SettingsError
 from paxo.training.state import TrainState, init_state, state_shardings
 from paxo.types import Params, Policy, PreferenceBatch, PromptBatch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Run:
         state: the training state.
         batch: rows with all that the objective reads.
         references: role -> parameters of that frozen policy.
+        copies: those of its roles that have weights of their own; beside adapters others share the
+            frozen base.
         lengths: what is assumed about the data.
         row: sizes of a row.
         groups: groups that a row holds on average.
@@ -99,6 +105,7 @@ class Run:
     state: TrainState
     batch: PreferenceBatch
     references: dict[str, Params]
+    copies: tuple[str, ...]
     lengths: Lengths
     row: RowShape
     groups: float
@@ -138,7 +145,8 @@ def model_config(settings: Experiment, model: str | None) -> ModelConfig:
         SettingsError: for an unknown name, or where the settings name none.
     """
     chosen = settings.model
-    changes = {n: getattr(chosen, n) for n in ("param_dtype", "compute_dtype", "remat", "unroll")}
+    names = ("param_dtype", "compute_dtype", "remat", "unroll", "attention")
+    changes = {name: getattr(chosen, name) for name in names}
     if model is not None:
         try:
             config = known_config(model)
@@ -220,7 +228,7 @@ def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
     config = dataclasses.replace(config, remat=layout.remat)
     policy = _policy(settings, config)
     optimizer = settings.optimizer.build(settings.train.num_steps)
-    references = _references(settings, config)
+    references, copies = _references(settings, config)
     state = _state(settings, config, policy, optimizer)
     if settings.objective.reads_hidden(HIDDEN_ROLE) and HIDDEN_ROLE in references:
         head = jax.eval_shape(policy.unembed, references[HIDDEN_ROLE])
@@ -229,8 +237,9 @@ def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
     row, groups = _row(settings, layout, lengths)
     batch = _batch(settings, config, layout.rows, row, references)
     return Run(
-        settings, layout, config, policy, optimizer, state, batch, references, lengths, row, groups
-    )
+        settings, layout, config, policy, optimizer, state, batch, references, copies, lengths, row,
+        groups,
+    )  # fmt: skip
 
 
 def relaid(run: Run, layout: Layout) -> Run:
@@ -312,13 +321,19 @@ def _heads(settings: Experiment) -> tuple[str, ...]:
 
 
 def _policy(settings: Experiment, config: ModelConfig) -> Policy:
-    policy, heads = make_policy(config), _heads(settings)
+    policy, heads, lora = make_policy(config), _heads(settings), settings.model.lora
+    if lora is not None:
+        policy = with_lora(policy, config, lora)
     return with_heads(policy, config.hidden_size, heads) if heads else policy
 
 
 def _state(settings: Experiment, config: ModelConfig, policy: Policy, optimizer: Any) -> TrainState:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, heads = param_shapes(config), _heads(settings)
+    heads, lora = _heads(settings), settings.model.lora
+    params = param_shapes(_base(settings, config))
+    if lora is not None:
+        make = functools.partial(init_lora, config=config, lora=lora)
+        params = params | {"lora": jax.eval_shape(make, key)}
     if heads:
         extra = jax.eval_shape(lambda key: init_heads(key, config.hidden_size, heads), key)
         params = params | {"heads": extra}
@@ -330,8 +345,13 @@ def _state(settings: Experiment, config: ModelConfig, policy: Policy, optimizer:
     return jax.eval_shape(begin, trained, key, frozen)
 
 
-def _references(settings: Experiment, config: ModelConfig) -> dict[str, Params]:
-    """Role -> shapes; roles whose settings are the same share one policy and stand once."""
+def _references(
+    settings: Experiment, config: ModelConfig
+) -> tuple[dict[str, Params], tuple[str, ...]]:
+    """Role -> shapes, and the roles with weights of their own.
+
+    Roles whose settings are the same share one policy and stand once.
+    """
     given = {"reference": settings.reference, "previous": settings.previous}
     roles = [
         role
@@ -342,12 +362,25 @@ def _references(settings: Experiment, config: ModelConfig) -> dict[str, Params]:
     first: dict[Any, str] = {}
     for role in roles:
         first.setdefault(given[role], role)
+        if given[role].mesh is not None:
+            logger.warning("%s.mesh is not planned for: it is taken to lie as the run does", role)
+    base, full = _base(settings, config), settings.model.lora is None
 
     def shapes(role: str) -> Params:
-        dtype = given[role].dtype or config.param_dtype
-        return param_shapes(dataclasses.replace(config, param_dtype=dtype))
+        dtype = given[role].dtype or base.param_dtype
+        return param_shapes(dataclasses.replace(base, param_dtype=dtype))
 
-    return {role: shapes(role) for role in first.values()}
+    def is_copy(role: str) -> bool:
+        own = given[role].path, given[role].dtype, given[role].mesh
+        return full or any(x is not None for x in own)
+
+    return {role: shapes(role) for role in first.values()}, tuple(filter(is_copy, first.values()))
+
+
+def _base(settings: Experiment, config: ModelConfig) -> ModelConfig:
+    """The decoder with its weights as they are kept: frozen ones beside adapters are narrower."""
+    lora = settings.model.lora
+    return config if lora is None else dataclasses.replace(config, param_dtype=lora.base_dtype)
 
 
 def _row(settings: Experiment, layout: Layout, lengths: Lengths) -> tuple[RowShape, float]:

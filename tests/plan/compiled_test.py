@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from paxo.models.sharding import make_mesh
+from paxo.overrides import apply_overrides
 from paxo.plan import compiled
 from paxo.plan.estimate import work_of
 from paxo.plan.flops import scorer_flops, step_flops
@@ -53,6 +54,13 @@ def test_a_scorer_lies_beside_the_state_of_the_training():
     assert found.peak == found.arguments + found.temporaries + found.outputs + found.beside
     assert found.temporaries > 0
     assert found.failure is None
+
+
+def test_programs_with_adapters_are_lowered_as_well():
+    run = made_run(apply_overrides(made_settings(), ["model.lora.rank=4"]))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    for lower in (compiled.lower_step, compiled.lower_scorer, compiled.lower_sampler):
+        assert "bf16" in lower(run, mesh).as_text()
 
 
 def test_the_sampler_is_lowered_for_the_prompts_of_a_round():

@@ -64,6 +64,16 @@ def test_the_smallest_v5p_slice_that_holds_70b_is_found_and_named():
     assert made["compiled"]["step"]["seconds"] < MINUTES
 
 
+def test_adapters_of_8b_fit_16_v5e_chips():
+    changes = ("train.rows_per_batch=16", "model.lora.rank=16", "reference.dtype=none")
+    made = planning.plan(settings(*changes), "v5e:4x4", model="llama3-8b", compiled=1)
+    assert made["model"]["trained"] < made["model"]["parameters"] / 100
+    assert made["memory"]["bytes"]["reference"] == 0
+    assert made["fits"]
+    assert made["spare"] >= SPARE
+    assert all(program["seconds"] < MINUTES for program in made["compiled"].values())
+
+
 def test_what_does_not_fit_is_said_by_the_compiler():
     run_settings = settings("train.rows_per_batch=64")
     config = model_config(run_settings, "llama3-8b")

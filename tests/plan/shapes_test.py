@@ -79,6 +79,24 @@ def test_extras_and_heads_of_an_objective_are_part_of_the_shapes():
     assert run.batch.extras["grid"].shape == (rows, groups, candidates, 32)
 
 
+def test_adapters_are_trained_alone_and_their_reference_is_the_frozen_base():
+    settings = apply_overrides(made_settings(rows=8, mesh=(1, 8, 1)), ["model.lora.rank=4"])
+    run = made_run(settings)
+    found = memory_of(run, "tpu").resident
+    base = made_run(made_settings(rows=8, mesh=(1, 8, 1)))
+    full = memory_of(base, "tpu").resident
+    assert {*run.state.params} == {"lora"}
+    assert count(run.state.frozen) == count(base.params)
+    assert found["frozen"] == full["parameters"] // 2  # bfloat16
+    assert found["reference"] == 0
+    assert found["parameters"] < full["parameters"] / 4
+    assert 0 < found["moments"] - 2 * found["parameters"] <= 16
+    # A reference of another model, or in another dtype, is a copy of its own.
+    for change, size in (("path=elsewhere", 1), ("dtype=float32", 2)):
+        other = made_run(apply_overrides(settings, [f"reference.{change}"]))
+        assert memory_of(other, "tpu").resident["reference"] == size * found["frozen"]
+
+
 def test_another_layout_has_the_same_state():
     run = made_run(made_settings(rows=8))
     other = relaid(run, first_layout(made_settings(rows=4, remat="full"), CONFIG, 1))
