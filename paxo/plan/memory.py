@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from paxo.models.config import ModelConfig
 from paxo.plan.flops import layer_params
-from paxo.plan.shapes import Layout, Run, abstract_mesh, bytes_per_device, placement
+from paxo.plan.layout import Layout, abstract_mesh
+from paxo.plan.shapes import Run, bytes_per_device, placement
 from paxo.scoring import default_chunk
 
 CATEGORIES = (

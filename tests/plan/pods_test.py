@@ -10,7 +10,8 @@ from paxo.experiment import load, settings_of
 from paxo.plan import planning
 from paxo.plan.compiled import compile_programs
 from paxo.plan.estimate import SPARE, estimate
-from paxo.plan.shapes import first_layout, make_run, model_config
+from paxo.plan.layout import first_layout, model_config
+from paxo.plan.shapes import make_run
 from paxo.plan.topology import parse_topology
 
 pytestmark = [

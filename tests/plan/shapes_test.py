@@ -7,16 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from paxo.overrides import SettingsError, apply_overrides
+from paxo.plan.layout import abstract_mesh, first_layout, model_config, num_candidates
 from paxo.plan.memory import CATEGORIES, memory_of
-from paxo.plan.shapes import (
-    abstract_mesh,
-    bytes_per_device,
-    first_layout,
-    model_config,
-    num_candidates,
-    placement,
-    relaid,
-)
+from paxo.plan.shapes import bytes_per_device, placement, relaid
 from paxo.scoring import default_chunk
 from paxo.training.step import check_batch
 from tests.plan.planned import CONFIG, made_run, made_settings
