@@ -43,7 +43,7 @@ def scorer_of(tmp_path, rows=8, **reference):
         reference=ReferenceSettings(store="off", **reference),
         mesh=MESH,
     )
-    return frozen_scorers(settings, model, params, mesh, tmp_path)["reference"], params, mesh
+    return frozen_scorers(settings, model, mesh, tmp_path)["reference"], params, mesh
 
 
 def test_a_reference_is_the_model_itself_where_nothing_is_asked(tmp_path):
