@@ -1,6 +1,7 @@
 """A run's own programs compiled ahead of time, and what the compiler says of them."""
 
 import dataclasses
+import functools
 import logging
 import re
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh
 from paxo.plan.chips import GIB
 from paxo.plan.shapes import Run, bytes_per_device, placement, with_shardings
@@ -21,8 +23,9 @@ from paxo.training.step import compile_step, make_train_step
 logger = logging.getLogger(__name__)
 
 PROGRAMS = ("step", "scorer", "sampler")
-# "Used 18.62G of 15.75G hbm", as XLA says that a program does not fit.
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+# As XLA says that a program does not fit: by all that it uses, or by what lies between alone.
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_WITHIN = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \([^)]*\)")
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -72,16 +75,21 @@ def compile_programs(
         role: bytes_per_device(run.references[role], placed.references[role])
         for role in run.references
     }
-    held = sum(references.values())
+    held = sum(references[role] for role in run.copies)
+    first = next(iter(references.values()), 0)
+    # Each program, and what it is given of the state and of the frozen policies.
+    given = {
+        "step": (lower_step, state),
+        "scorer": (lower_scorer, first),
+        "sampler": (lower_sampler, params),
+    }
     found = {}
     for name in names:
-        if name == "step":
-            found[name] = _compiled(name, lambda: lower_step(run, mesh), held)
-        elif name == "scorer" and references:
-            beside = state + held - references[next(iter(references))]
-            found[name] = _compiled(name, lambda: lower_scorer(run, mesh), beside)
-        elif name == "sampler":
-            found[name] = _compiled(name, lambda: lower_sampler(run, mesh), state + held - params)
+        lower, inputs = given[name]
+        if name == "scorer" and not references:
+            continue
+        make = functools.partial(lower, run, mesh)
+        found[name] = _compiled(name, make, inputs, beside=state + held - inputs)
     return found
 
 
@@ -102,7 +110,8 @@ def lower_scorer(run: Run, mesh: Mesh) -> Any:
     placed = placement(run, mesh)
     role = next(iter(run.references))
     params = with_shardings(run.references[role], placed.references[role])
-    scorer = make_scorer(run.policy, params, mesh=mesh)
+    # Without adapters and heads, which a frozen policy has none of.
+    scorer = make_scorer(make_policy(run.config), params, mesh=mesh)
     return scorer.lower(with_shardings(run.batch, placed.batch))
 
 
@@ -124,24 +133,25 @@ def lower_sampler(run: Run, mesh: Mesh) -> Any:
     )
 
 
-def _compiled(name: str, lower: Callable[[], Any], beside: float) -> Compiled:
+def _compiled(name: str, lower: Callable[[], Any], inputs: float, beside: float) -> Compiled:
+    """A program compiled; `inputs` are bytes that it is given, `beside` those that it is not."""
     start = time.perf_counter()
     lowered = lower()
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _USED.search(str(error))
-        if used is None:
+        used, within = _USED.search(str(error)), _WITHIN.search(str(error))
+        found = used or within
+        if found is None:
             raise
-        number, unit = used.group(1, 2)
         return Compiled(
             seconds=time.perf_counter() - start,
-            arguments=0.0,
-            temporaries=float(number) * _UNITS[unit],
+            arguments=0.0 if used else inputs,
+            temporaries=float(found[1]) * _UNITS[found[2]],
             outputs=0.0,
             beside=beside,
             flops=float("nan"),
-            failure=used[0],
+            failure=found[0],
         )
     seconds = time.perf_counter() - start
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}

@@ -21,9 +21,10 @@ from paxo.plan.flops import (
     step_flops,
     useful_flops,
 )
+from paxo.plan.layout import Layout, abstract_mesh
 from paxo.plan.memory import Held, Memory, cache_bytes, memory_of
 from paxo.plan.network import AXES, Traffic, axis_bandwidths, traffic_of
-from paxo.plan.shapes import Layout, Run, abstract_mesh
+from paxo.plan.shapes import Run
 from paxo.plan.topology import Topology
 from paxo.scoring import default_chunk
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from paxo.models.config import ModelConfig
 from paxo.plan.flops import layer_params
-from paxo.plan.shapes import Layout, Run, abstract_mesh, bytes_per_device, placement
+from paxo.plan.layout import Layout, abstract_mesh
+from paxo.plan.shapes import Run, bytes_per_device, placement
 from paxo.scoring import default_chunk
 
 CATEGORIES = (
@@ -88,7 +89,7 @@ def held_bytes(run: Run, mesh: jax.sharding.AbstractMesh) -> Held:
         of(run.state.params, placed.state.params),
         of(run.state.frozen, placed.state.frozen),
         of(run.state.opt_state, placed.state.opt_state),
-        sum(of(run.references[r], placed.references[r]) for r in run.references),
+        sum(of(run.references[r], placed.references[r]) for r in run.copies),
         of(prepared, placed.params),
     )
 

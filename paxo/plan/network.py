@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from paxo.models.config import ModelConfig
 from paxo.plan.flops import layer_params
-from paxo.plan.shapes import Layout, Run
+from paxo.plan.layout import Layout
+from paxo.plan.shapes import Run
 from paxo.plan.topology import Topology
 
 AXES = ("data", "fsdp", "tensor")

@@ -13,8 +13,9 @@ from paxo.overrides import SettingsError
 from paxo.plan.chips import TPUS
 from paxo.plan.compiled import Compiled, compile_programs
 from paxo.plan.estimate import SPARE, Estimate, estimate
+from paxo.plan.layout import Layout, first_layout, model_config
 from paxo.plan.search import estimates, fastest_sampler, fitting, smallest
-from paxo.plan.shapes import Layout, Run, first_layout, make_run, model_config, relaid
+from paxo.plan.shapes import Run, make_run, relaid
 from paxo.plan.topology import Topology, parse_topology
 
 logger = logging.getLogger(__name__)

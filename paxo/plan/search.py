@@ -11,15 +11,9 @@ from collections.abc import Iterator
 from paxo.experiment import Experiment
 from paxo.models.config import ModelConfig
 from paxo.plan.estimate import SPARE, Estimate, estimate
+from paxo.plan.layout import Layout, abstract_mesh, first_layout
 from paxo.plan.memory import Held, held_bytes
-from paxo.plan.shapes import (
-    Layout,
-    Run,
-    abstract_mesh,
-    first_layout,
-    make_run,
-    relaid,
-)
+from paxo.plan.shapes import Run, make_run, relaid
 from paxo.plan.topology import Topology, slices
 
 REMATS = ("none", "dots", "full")

@@ -2,75 +2,27 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paxo.data.row_shape import RowShape
 from paxo.experiment import Experiment
 from paxo.models.config import ModelConfig
 from paxo.models.heads import HEADS, init_heads, with_heads
-from paxo.models.known import known_config
+from paxo.models.lora import init_lora, with_lora
 from paxo.models.policy import make_policy, param_shapes
-from paxo.models.pretrained import read_config, resolve_model
-from paxo.models.sharding import MESH_AXES, param_shardings, partition_spec
+from paxo.models.sharding import param_shardings, partition_spec
 from paxo.objectives import HIDDEN_ROLE
-from paxo.overrides import SettingsError
+from paxo.plan.layout import Layout, Lengths, assumed_lengths, num_candidates
 from paxo.training.state import TrainState, init_state, state_shardings
 from paxo.types import Params, Policy, PreferenceBatch, PromptBatch
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What a search may change without changing what is learnt from how many tokens.
-
-    Attributes:
-        data: copies of the parameters.
-        fsdp: ways in which they are split along their width.
-        tensor: ways in which heads, the SwiGLU and the vocabulary are split.
-        rows: R, rows a step over all devices.
-        row_length: L, tokens of a row.
-        microbatches: parts in which a step's rows are run.
-        remat: what the backward pass computes again.
-    """
-
-    data: int
-    fsdp: int
-    tensor: int
-    rows: int
-    row_length: int
-    microbatches: int
-    remat: str
-
-    @property
-    def mesh_shape(self) -> dict[str, int]:
-        """Mesh axis -> devices."""
-        return dict(zip(MESH_AXES, (self.data, self.fsdp, self.tensor)))
-
-    @property
-    def rows_per_device(self) -> int:
-        """Rows of one microbatch that lie on a device."""
-        return self.rows // (self.data * self.fsdp * self.microbatches)
-
-    def flags(self) -> str:
-        """The settings that choose it, as `--set` takes them."""
-        return (
-            f"mesh.data={self.data} mesh.fsdp={self.fsdp} mesh.tensor={self.tensor} "
-            f"train.rows_per_batch={self.rows} train.microbatches={self.microbatches} "
-            f"data.row_length={self.row_length} model.remat={self.remat}"
-        )
-
-
-class Lengths(NamedTuple):
-    """Mean tokens of a prompt and of a completion, and the longest of each."""
-
-    prompt: float
-    completion: float
-    max_prompt: int
-    max_completion: int
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +38,8 @@ class Run:
         state: the training state.
         batch: rows with all that the objective reads.
         references: role -> parameters of that frozen policy.
+        copies: those of its roles that have weights of their own; beside adapters others share the
+            frozen base.
         lengths: what is assumed about the data.
         row: sizes of a row.
         groups: groups that a row holds on average.
@@ -99,6 +53,7 @@ class Run:
     state: TrainState
     batch: PreferenceBatch
     references: dict[str, Params]
+    copies: tuple[str, ...]
     lengths: Lengths
     row: RowShape
     groups: float
@@ -131,84 +86,6 @@ class Placement(NamedTuple):
     references: dict[str, Params]
 
 
-def model_config(settings: Experiment, model: str | None) -> ModelConfig:
-    """The shape of the model: the named one's, or that of the settings.
-
-    Raises:
-        SettingsError: for an unknown name, or where the settings name none.
-    """
-    chosen = settings.model
-    changes = {n: getattr(chosen, n) for n in ("param_dtype", "compute_dtype", "remat", "unroll")}
-    if model is not None:
-        try:
-            config = known_config(model)
-        except ValueError as error:
-            raise SettingsError(f"--model: {error}") from error
-    elif chosen.path is not None:
-        config = read_config(resolve_model(chosen.path))
-    elif chosen.config is not None:
-        config = chosen.config
-    else:
-        raise SettingsError("model.path is not set: name a model, or its shape with --model")
-    return dataclasses.replace(config, **changes)
-
-
-def assumed_lengths(settings: Experiment, config: ModelConfig, candidates: int) -> Lengths:
-    """Lengths half of the limits on average; without limits a row is a third prompt."""
-    limits, row = settings.data.limits, settings.data.row_length
-    longest = min(limits.max_sequence or config.max_positions, config.max_positions)
-    group = min(row or limits.max_group or 2048, 2048, longest * candidates)
-    prompt = limits.max_prompt or max(group // 3, 1)
-    completion = limits.max_completion or max((group - prompt) // candidates, 1)
-    prompt, completion = min(prompt, longest - 1), min(completion, longest - 1)
-    return Lengths(prompt / 2, completion / 2, prompt, completion)
-
-
-def first_layout(settings: Experiment, config: ModelConfig, devices: int) -> Layout:
-    """The layout that the settings ask for, on so many devices.
-
-    Raises:
-        SettingsError: if mesh, rows and microbatches do not fit one another.
-    """
-    mesh = settings.mesh
-    sizes = {name: getattr(mesh, name) for name in MESH_AXES}
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise SettingsError(f"mesh sizes are at least 1, and one may be -1; got {sizes}")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        sizes[free[0]] = max(devices // known, 1)
-    if math.prod(sizes.values()) != devices:
-        raise SettingsError(
-            f"mesh {sizes} is of {math.prod(sizes.values())} devices, the topology of {devices}: "
-            "set one axis to -1 to take what is left, as in --set mesh.fsdp=-1 mesh.data=1"
-        )
-    train, ways = settings.train, sizes["data"] * sizes["fsdp"]
-    if train.rows_per_batch % (ways * train.microbatches):
-        raise SettingsError(
-            f"train.rows_per_batch={train.rows_per_batch} must be a multiple of the {ways} ways in "
-            f"which the mesh splits rows times train.microbatches={train.microbatches}; "
-            f"--set train.rows_per_batch={ways * train.microbatches}, or a larger mesh.tensor"
-        )
-    lengths = assumed_lengths(settings, config, num_candidates(settings))
-    longest = lengths.max_prompt + num_candidates(settings) * lengths.max_completion
-    length = settings.data.row_length or max(1024, math.ceil(longest / 128) * 128)
-    return Layout(
-        **sizes,
-        rows=train.rows_per_batch,
-        row_length=length,
-        microbatches=train.microbatches,
-        remat=config.remat,
-    )
-
-
-def num_candidates(settings: Experiment) -> int:
-    """K: 1 for demonstrations and signs, else a pair; one more where a mismatched one is added."""
-    objective = settings.objective
-    demonstrations = {term.name for term in objective.terms} == {"nll"}
-    return (1 if demonstrations or objective.unpaired else 2) + objective.mismatched
-
-
 def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
     """The shapes of a run in a layout.
 
@@ -220,7 +97,7 @@ def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
     config = dataclasses.replace(config, remat=layout.remat)
     policy = _policy(settings, config)
     optimizer = settings.optimizer.build(settings.train.num_steps)
-    references = _references(settings, config)
+    references, copies = _references(settings, config)
     state = _state(settings, config, policy, optimizer)
     if settings.objective.reads_hidden(HIDDEN_ROLE) and HIDDEN_ROLE in references:
         head = jax.eval_shape(policy.unembed, references[HIDDEN_ROLE])
@@ -229,8 +106,9 @@ def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
     row, groups = _row(settings, layout, lengths)
     batch = _batch(settings, config, layout.rows, row, references)
     return Run(
-        settings, layout, config, policy, optimizer, state, batch, references, lengths, row, groups
-    )
+        settings, layout, config, policy, optimizer, state, batch, references, copies, lengths, row,
+        groups,
+    )  # fmt: skip
 
 
 def relaid(run: Run, layout: Layout) -> Run:
@@ -265,16 +143,6 @@ def placement(run: Run, mesh: Any) -> Placement:
     }
     rows = partition_spec(("batch",), (run.layout.rows,), mesh.shape)
     return Placement(state, placed, NamedSharding(mesh, rows), references)
-
-
-def abstract_mesh(layout: Layout, platform: str) -> AbstractMesh:
-    """A layout's mesh without devices, under which programs are traced as for that platform."""
-    return AbstractMesh(
-        tuple(layout.mesh_shape.values()),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        abstract_device=AbstractDevice(device_kind=platform, num_cores=None, platform=platform),
-    )
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -312,13 +180,19 @@ def _heads(settings: Experiment) -> tuple[str, ...]:
 
 
 def _policy(settings: Experiment, config: ModelConfig) -> Policy:
-    policy, heads = make_policy(config), _heads(settings)
+    policy, heads, lora = make_policy(config), _heads(settings), settings.model.lora
+    if lora is not None:
+        policy = with_lora(policy, config, lora)
     return with_heads(policy, config.hidden_size, heads) if heads else policy
 
 
 def _state(settings: Experiment, config: ModelConfig, policy: Policy, optimizer: Any) -> TrainState:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, heads = param_shapes(config), _heads(settings)
+    heads, lora = _heads(settings), settings.model.lora
+    params = param_shapes(_base(settings, config))
+    if lora is not None:
+        make = functools.partial(init_lora, config=config, lora=lora)
+        params = params | {"lora": jax.eval_shape(make, key)}
     if heads:
         extra = jax.eval_shape(lambda key: init_heads(key, config.hidden_size, heads), key)
         params = params | {"heads": extra}
@@ -330,8 +204,13 @@ def _state(settings: Experiment, config: ModelConfig, policy: Policy, optimizer:
     return jax.eval_shape(begin, trained, key, frozen)
 
 
-def _references(settings: Experiment, config: ModelConfig) -> dict[str, Params]:
-    """Role -> shapes; roles whose settings are the same share one policy and stand once."""
+def _references(
+    settings: Experiment, config: ModelConfig
+) -> tuple[dict[str, Params], tuple[str, ...]]:
+    """Role -> shapes, and the roles with weights of their own.
+
+    Roles whose settings are the same share one policy and stand once.
+    """
     given = {"reference": settings.reference, "previous": settings.previous}
     roles = [
         role
@@ -342,7 +221,25 @@ def _references(settings: Experiment, config: ModelConfig) -> dict[str, Params]:
     first: dict[Any, str] = {}
     for role in roles:
         first.setdefault(given[role], role)
-    return {role: param_shapes(config) for role in first.values()}
+        if given[role].mesh is not None:
+            logger.warning("%s.mesh is not planned for: it is taken to lie as the run does", role)
+    base, full = _base(settings, config), settings.model.lora is None
+
+    def shapes(role: str) -> Params:
+        dtype = given[role].dtype or base.param_dtype
+        return param_shapes(dataclasses.replace(base, param_dtype=dtype))
+
+    def is_copy(role: str) -> bool:
+        own = given[role].path, given[role].dtype, given[role].mesh
+        return full or any(x is not None for x in own)
+
+    return {role: shapes(role) for role in first.values()}, tuple(filter(is_copy, first.values()))
+
+
+def _base(settings: Experiment, config: ModelConfig) -> ModelConfig:
+    """The decoder with its weights as they are kept: frozen ones beside adapters are narrower."""
+    lora = settings.model.lora
+    return config if lora is None else dataclasses.replace(config, param_dtype=lora.base_dtype)
 
 
 def _row(settings: Experiment, layout: Layout, lengths: Lengths) -> tuple[RowShape, float]:

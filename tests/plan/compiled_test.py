@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from paxo.models.sharding import make_mesh
+from paxo.overrides import apply_overrides
 from paxo.plan import compiled
 from paxo.plan.estimate import work_of
 from paxo.plan.flops import scorer_flops, step_flops
@@ -55,6 +56,13 @@ def test_a_scorer_lies_beside_the_state_of_the_training():
     assert found.failure is None
 
 
+def test_programs_with_adapters_are_lowered_as_well():
+    run = made_run(apply_overrides(made_settings(), ["model.lora.rank=4"]))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    for lower in (compiled.lower_step, compiled.lower_scorer, compiled.lower_sampler):
+        assert "bf16" in lower(run, mesh).as_text()
+
+
 def test_the_sampler_is_lowered_for_the_prompts_of_a_round():
     run = made_run()
     mesh = make_mesh(devices=jax.devices()[:1])
@@ -64,17 +72,31 @@ def test_the_sampler_is_lowered_for_the_prompts_of_a_round():
     assert f"tensor<{prompts}x2x32xi32>" in text  # two candidates of at most 32 tokens
 
 
-def test_a_program_that_does_not_fit_is_a_figure_and_not_an_error():
+@pytest.mark.parametrize(
+    ("said", "failure", "gib"),
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 18.50G of 15.75G hbm. Exceeded hbm "
+            "capacity by 2.75G.",
+            "Used 18.50G of 15.75G hbm",
+            18.5 + 1,
+        ),
+        (
+            "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (22.00G) exceeds available HBM (15.75G). HLO module: jit_step.",
+            "HLO temporaries (22.00G) exceeds available HBM (15.75G)",
+            22 + 2 + 1,
+        ),
+    ],
+)
+def test_a_program_that_does_not_fit_is_a_figure_and_not_an_error(said, failure, gib):
     class TooLarge:
         def compile(self):
-            raise jax.errors.JaxRuntimeError(
-                "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.50G of 15.75G "
-                "hbm. Exceeded hbm capacity by 2.75G."
-            )
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    found = compiled._compiled("step", TooLarge, beside=2.0**30)
-    assert found.failure == "Used 18.50G of 15.75G hbm"
-    assert found.peak == 19.5 * 2**30
+    found = compiled._compiled("step", TooLarge, inputs=2 * 2.0**30, beside=2.0**30)
+    assert found.failure == failure
+    assert found.peak == gib * 2**30
     assert math.isnan(found.flops)
 
 
@@ -84,4 +106,4 @@ def test_other_errors_of_the_compiler_are_not_hidden():
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compiled._compiled("step", Broken, beside=0.0)
+        compiled._compiled("step", Broken, inputs=0.0, beside=0.0)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from paxo.plan.estimate import SPARE, Seconds, estimate
+from paxo.plan.layout import Layout, model_config
 from paxo.plan.network import axis_bandwidths, traffic_of
 from paxo.plan.search import (
     estimates,
@@ -14,7 +15,6 @@ from paxo.plan.search import (
     layouts,
     smallest,
 )
-from paxo.plan.shapes import Layout, model_config
 from paxo.plan.topology import parse_topology
 from tests.plan.planned import CONFIG, made_run, made_settings, made_topology
 

@@ -7,16 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from paxo.overrides import SettingsError, apply_overrides
+from paxo.plan.layout import abstract_mesh, first_layout, model_config, num_candidates
 from paxo.plan.memory import CATEGORIES, memory_of
-from paxo.plan.shapes import (
-    abstract_mesh,
-    bytes_per_device,
-    first_layout,
-    model_config,
-    num_candidates,
-    placement,
-    relaid,
-)
+from paxo.plan.shapes import bytes_per_device, placement, relaid
 from paxo.scoring import default_chunk
 from paxo.training.step import check_batch
 from tests.plan.planned import CONFIG, made_run, made_settings
@@ -56,6 +49,9 @@ def test_a_reference_is_a_second_copy_of_the_weights_where_the_objective_has_one
     )
     assert with_one["reference"] == with_one["parameters"] == without["parameters"]
     assert without["reference"] == 0
+    settings = apply_overrides(made_settings(), ["reference.dtype=bfloat16"])
+    found = memory_of(made_run(settings), "tpu").resident
+    assert found["reference"] == found["parameters"] // 2
 
 
 @pytest.mark.parametrize(
@@ -74,6 +70,24 @@ def test_extras_and_heads_of_an_objective_are_part_of_the_shapes():
     rows, groups, candidates = run.batch.where.shape
     assert run.batch.extras["weights"].shape == (rows, groups, candidates)
     assert run.batch.extras["grid"].shape == (rows, groups, candidates, 32)
+
+
+def test_adapters_are_trained_alone_and_their_reference_is_the_frozen_base():
+    settings = apply_overrides(made_settings(rows=8, mesh=(1, 8, 1)), ["model.lora.rank=4"])
+    run = made_run(settings)
+    found = memory_of(run, "tpu").resident
+    base = made_run(made_settings(rows=8, mesh=(1, 8, 1)))
+    full = memory_of(base, "tpu").resident
+    assert {*run.state.params} == {"lora"}
+    assert count(run.state.frozen) == count(base.params)
+    assert found["frozen"] == full["parameters"] // 2  # bfloat16
+    assert found["reference"] == 0
+    assert found["parameters"] < full["parameters"] / 4
+    assert 0 < found["moments"] - 2 * found["parameters"] <= 16
+    # A reference of another model, or in another dtype, is a copy of its own.
+    for change, size in (("path=elsewhere", 1), ("dtype=float32", 2)):
+        other = made_run(apply_overrides(settings, [f"reference.{change}"]))
+        assert memory_of(other, "tpu").resident["reference"] == size * found["frozen"]
 
 
 def test_another_layout_has_the_same_state():

@@ -1,0 +1,153 @@
+"""What the settings ask for: a model, lengths of its data, and how a run lies on devices."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from paxo.experiment import Experiment
+from paxo.models.config import ModelConfig
+from paxo.models.known import known_config
+from paxo.models.pretrained import read_config, resolve_model
+from paxo.models.sharding import MESH_AXES
+from paxo.overrides import SettingsError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a search may change without changing what is learnt from how many tokens.
+
+    Attributes:
+        data: copies of the parameters.
+        fsdp: ways in which they are split along their width.
+        tensor: ways in which heads, the SwiGLU and the vocabulary are split.
+        rows: R, rows a step over all devices.
+        row_length: L, tokens of a row.
+        microbatches: parts in which a step's rows are run.
+        remat: what the backward pass computes again.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int
+    rows: int
+    row_length: int
+    microbatches: int
+    remat: str
+
+    @property
+    def mesh_shape(self) -> dict[str, int]:
+        """Mesh axis -> devices."""
+        return dict(zip(MESH_AXES, (self.data, self.fsdp, self.tensor)))
+
+    @property
+    def rows_per_device(self) -> int:
+        """Rows of one microbatch that lie on a device."""
+        return self.rows // (self.data * self.fsdp * self.microbatches)
+
+    def flags(self) -> str:
+        """The settings that choose it, as `--set` takes them."""
+        return (
+            f"mesh.data={self.data} mesh.fsdp={self.fsdp} mesh.tensor={self.tensor} "
+            f"train.rows_per_batch={self.rows} train.microbatches={self.microbatches} "
+            f"data.row_length={self.row_length} model.remat={self.remat}"
+        )
+
+
+class Lengths(NamedTuple):
+    """Mean tokens of a prompt and of a completion, and the longest of each."""
+
+    prompt: float
+    completion: float
+    max_prompt: int
+    max_completion: int
+
+
+def model_config(settings: Experiment, model: str | None) -> ModelConfig:
+    """The shape of the model: the named one's, or that of the settings.
+
+    Raises:
+        SettingsError: for an unknown name, or where the settings name none.
+    """
+    chosen = settings.model
+    names = ("param_dtype", "compute_dtype", "remat", "unroll", "attention")
+    changes = {name: getattr(chosen, name) for name in names}
+    if model is not None:
+        try:
+            config = known_config(model)
+        except ValueError as error:
+            raise SettingsError(f"--model: {error}") from error
+    elif chosen.path is not None:
+        config = read_config(resolve_model(chosen.path))
+    elif chosen.config is not None:
+        config = chosen.config
+    else:
+        raise SettingsError("model.path is not set: name a model, or its shape with --model")
+    return dataclasses.replace(config, **changes)
+
+
+def assumed_lengths(settings: Experiment, config: ModelConfig, candidates: int) -> Lengths:
+    """Lengths half of the limits on average; without limits a row is a third prompt."""
+    limits, row = settings.data.limits, settings.data.row_length
+    longest = min(limits.max_sequence or config.max_positions, config.max_positions)
+    group = min(row or limits.max_group or 2048, 2048, longest * candidates)
+    prompt = limits.max_prompt or max(group // 3, 1)
+    completion = limits.max_completion or max((group - prompt) // candidates, 1)
+    prompt, completion = min(prompt, longest - 1), min(completion, longest - 1)
+    return Lengths(prompt / 2, completion / 2, prompt, completion)
+
+
+def first_layout(settings: Experiment, config: ModelConfig, devices: int) -> Layout:
+    """The layout that the settings ask for, on so many devices.
+
+    Raises:
+        SettingsError: if mesh, rows and microbatches do not fit one another.
+    """
+    mesh = settings.mesh
+    sizes = {name: getattr(mesh, name) for name in MESH_AXES}
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise SettingsError(f"mesh sizes are at least 1, and one may be -1; got {sizes}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = max(devices // known, 1)
+    if math.prod(sizes.values()) != devices:
+        raise SettingsError(
+            f"mesh {sizes} is of {math.prod(sizes.values())} devices, the topology of {devices}: "
+            "set one axis to -1 to take what is left, as in --set mesh.fsdp=-1 mesh.data=1"
+        )
+    train, ways = settings.train, sizes["data"] * sizes["fsdp"]
+    if train.rows_per_batch % (ways * train.microbatches):
+        raise SettingsError(
+            f"train.rows_per_batch={train.rows_per_batch} must be a multiple of the {ways} ways in "
+            f"which the mesh splits rows times train.microbatches={train.microbatches}; "
+            f"--set train.rows_per_batch={ways * train.microbatches}, or a larger mesh.tensor"
+        )
+    lengths = assumed_lengths(settings, config, num_candidates(settings))
+    longest = lengths.max_prompt + num_candidates(settings) * lengths.max_completion
+    length = settings.data.row_length or max(1024, math.ceil(longest / 128) * 128)
+    return Layout(
+        **sizes,
+        rows=train.rows_per_batch,
+        row_length=length,
+        microbatches=train.microbatches,
+        remat=config.remat,
+    )
+
+
+def num_candidates(settings: Experiment) -> int:
+    """K: 1 for demonstrations and signs, else a pair; one more where a mismatched one is added."""
+    objective = settings.objective
+    demonstrations = {term.name for term in objective.terms} == {"nll"}
+    return (1 if demonstrations or objective.unpaired else 2) + objective.mismatched
+
+
+def abstract_mesh(layout: Layout, platform: str) -> AbstractMesh:
+    """A layout's mesh without devices, under which programs are traced as for that platform."""
+    return AbstractMesh(
+        tuple(layout.mesh_shape.values()),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        abstract_device=AbstractDevice(device_kind=platform, num_cores=None, platform=platform),
+    )
