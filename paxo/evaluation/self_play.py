@@ -1,4 +1,4 @@
-"""What a round of self-play has come to: win rates, KL, length, entropy, duality gap; their plot."""
+"""What a round of self-play has come to: win rates, KL, length, entropy, duality gap; a plot."""
 
 import os
 from collections.abc import Mapping, Sequence
