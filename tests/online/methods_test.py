@@ -63,7 +63,7 @@ LEFT_OUT = {
     **{name: {"win_rates"} for name in ("inpo", "inpo_pairs", "comal")},  # they have labels
     "oreo": {"step_mask"},  # states are tokens
 }
-FROM_STEP = {"policy_logps", "policy_token_logps", "lengths", "token_mask", "values"}
+FROM_STEP = {"policy_logps", "policy_token_logps", "lengths", "token_mask", "values", "state"}
 
 
 def test_every_row_has_settings_for_a_game():
