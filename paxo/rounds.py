@@ -299,13 +299,15 @@ def _tokenised(
         if len(ids) > settings.max_tokens:
             continue
         group = answers.get(record.index)
+        labels = () if group is None else group.labels
+        order = sorted(range(len(labels)), key=lambda k: -labels[k])  # the best answer first
         prompts.append(
             Prompt(
                 ids,
                 int(record.index or 0),
                 tokenizer.prompt_text(record.prompt),
-                () if group is None else group.completions,
-                () if group is None else group.finished,
+                tuple(group.completions[k] for k in order),
+                tuple(group.finished[k] for k in order),
             )
         )
     return prompts
@@ -392,8 +394,8 @@ class Evaluator:
                 found |= preference_figures(np.asarray(table)[kept], num)
             found["unjudged_prompts"] = float((~kept).sum())
         own = [row[:num] for row in shown]
-        for name, reward in self.judges.rewards.items():
-            found[f"reward/{name}"] = float(np.mean(np.asarray(reward(asked, own))))
+        for name, reward in self.judges.of_policy(params, self.key).rewards.items():
+            found[f"reward/{name}"] = float(np.nanmean(np.asarray(reward(asked, own))))
         return found | dict(self.figures(own) if self.figures is not None else {})
 
     @functools.cached_property

@@ -9,9 +9,10 @@ def duality_gap_estimate(preferences: np.ndarray, own: np.ndarray | None = None)
     r"""A lower bound on $2 (\max_{\pi'} P(\pi' \succ \pi) - 1/2)$, with a 95 % interval.
 
     For each prompt the challenger is the best of C completions against one half of the policy's
-    samples; what it wins is counted on the other half, so that luck in the choice does not count.
-    The maximum runs over these completions only: a better answer that nobody drew is not seen. 0
-    means that none of them beats the policy; a little below 0 is noise.
+    samples, or the policy itself, which wins 1/2, where none wins more; what it wins is counted on
+    the other half, so that luck in the choice does not count. The maximum runs over these
+    completions only: a better answer that nobody drew is not seen. 0 means that none of them beats
+    the policy; a little below 0 is noise.
 
     Args:
         preferences: `[B, C, E]` P(challenger beats the policy's sample), E at least 2; NaN is left
@@ -45,9 +46,9 @@ def duality_gap_estimate(preferences: np.ndarray, own: np.ndarray | None = None)
 
 
 def _gain(chosen_on: np.ndarray, counted_on: np.ndarray) -> np.ndarray:
-    """`[B]` what the best challenger of one half wins on the other; 1/2 without any."""
+    """`[B]` what the best challenger of one half wins on the other; 1/2 where none wins more."""
     score, value = _mean(chosen_on), _mean(counted_on)
-    usable = ~np.isnan(score) & ~np.isnan(value)
+    usable = (score > 0.5) & ~np.isnan(value)
     best = np.argmax(np.where(usable, score, -1.0), axis=1)
     found = np.take_along_axis(value, best[:, None], 1)[:, 0]
     return np.where(usable.any(1), found, 0.5)

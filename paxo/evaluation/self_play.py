@@ -1,4 +1,4 @@
-"""Where self-play has come to: win rates, KL, length, entropy, duality gap, and their plot."""
+"""What a round of self-play has come to: win rates, KL, length, entropy, duality gap; a plot."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -23,7 +23,8 @@ class Prompt:
         index: its number in its data set: random draws for it are made from it.
         shown: what judges are shown, a text as a rule.
         completions: token ids of completions that the data set has for it (a chosen and a rejected
-            answer, a reference answer), for methods that train on them or start from them.
+            answer, a reference answer), the best first, for methods that train on them or start
+            from them.
         finished: whether each of these ends, rather than being cut.
     """
 

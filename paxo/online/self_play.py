@@ -118,6 +118,7 @@ def play(
     if jax.process_count() > 1:
         raise ValueError("self-play runs in one process; there are several: use its devices alone")
     steps = settings.num_rounds * settings.steps_per_round(method)
+    first = snapshot(params)
     run = _Run(
         policy=policy,
         method=method,
@@ -132,8 +133,8 @@ def play(
         files=RoundFiles(workdir, None if judges.decode is tuple else judges.decode),
         microbatches=microbatches,
         frozen=frozen,
-        first=snapshot(params),
-        reference=snapshot(frozen.get("reference", params)),
+        first=first,
+        reference=frozen.get("reference", first),
     )
     state, anchors, place = run.start(checkpointer)
     writer = None if make_writer is None else make_writer(int(state.step), place.round)

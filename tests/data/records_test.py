@@ -89,6 +89,18 @@ def test_token_ids_are_taken_as_they_are():
     assert (record.prompt, record.completions) == ((1, 5), ((6, 2), (7, 2)))
 
 
+def test_lists_of_token_ids_are_taken_as_they_are():
+    row = {"prompt_ids": [1, 5], "completions_ids": [[6, 2], [7], [8, 9, 2]], "scores": [1, 0, 0.5]}
+    record = parse(**row, source="round 0000, prompt 3", win_rates=[0.9, 0.1, 0.5])
+    assert (record.prompt, record.completions) == ((1, 5), ((6, 2), (7,), (8, 9, 2)))
+    assert record.labels == (1.0, 0.0, 0.5)
+    assert record.extras == {}
+    # Unlike pairs, two equal answers may stand in a list.
+    assert (
+        parse(prompt_ids=[1], completions_ids=[[2], [2]], scores=[1, 0]).completions == ((2,),) * 2
+    )
+
+
 def test_margins_are_extras_and_other_numbers_are_on_request():
     row = {"prompt": "Hi", "completions": ["a", "b"], "scores": [1, 0], "w": [0.5, 2], "id": 7}
     assert parse_record(row, "x:1").extras == {}
@@ -139,6 +151,22 @@ BAD = [
         "empty completion",
     ),
     ({"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": ["3"]}, "rejected_ids", "wrong type"),
+    (
+        {"prompt_ids": [1], "completions_ids": [2, 3], "scores": [1, 0]},
+        "'completions_ids[0]'",
+        "wrong type",
+    ),
+    ({"prompt_ids": [1], "completions_ids": [], "scores": []}, "'completions_ids'", "wrong type"),
+    (
+        {"prompt_ids": [1], "completions_ids": [[2], []], "scores": [1, 0]},
+        "'completions_ids[1]'",
+        "empty completion",
+    ),
+    (
+        {"prompt_ids": [1], "completions_ids": [[2]], "scores": [1, 0]},
+        "'scores'",
+        "differ in number",
+    ),
     ({"messages": [USER]}, "'messages'", "empty completion"),
     ({"messages": [REPLY]}, "'messages'", "empty prompt"),
     ({"text": ["a"]}, "'text'", "wrong type"),

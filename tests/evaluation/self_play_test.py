@@ -58,10 +58,9 @@ def test_the_challenger_is_chosen_on_one_half_and_counted_on_the_other():
 
 def test_a_comparison_with_itself_and_unanswered_ones_do_not_count():
     # Challenger 0 is sample 0: of it only the comparison with sample 1 is left, on one half.
-    itself = np.array([[[0.5, 1.0], [0.5, 0.5]]])
-    whole = duality_gap_estimate(itself, np.array([-1, -1])).value
-    assert whole == pytest.approx(2 * (np.mean([1.0, 0.5]) - 0.5))
-    assert duality_gap_estimate(itself, np.array([0, -1])).value == 0.0
+    itself = np.array([[[0.5, 1.0], [1.0, 1.0]]])
+    assert duality_gap_estimate(itself, np.array([-1, -1])).value == 2 * (np.mean([1, 0.5]) - 0.5)
+    assert duality_gap_estimate(itself, np.array([0, -1])).value == 1.0
     assert duality_gap_estimate(np.full((3, 2, 2), np.nan)).value == 0.0
     with pytest.raises(ValueError, match=r"\[B, C, E\] with at least 2 samples of the policy; got"):
         duality_gap_estimate(np.zeros((3, 2, 1)))

@@ -63,7 +63,7 @@ LEFT_OUT = {
     **{name: {"win_rates"} for name in ("inpo", "inpo_pairs", "comal")},  # they have labels
     "oreo": {"step_mask"},  # states are tokens
 }
-FROM_STEP = {"policy_logps", "policy_token_logps", "lengths", "token_mask", "values"}
+FROM_STEP = {"policy_logps", "policy_token_logps", "lengths", "token_mask", "values", "state"}
 
 
 def test_every_row_has_settings_for_a_game():
@@ -77,7 +77,16 @@ def arrays_of(batch):
     return {"labels", "where"} | FROM_STEP | set(batch.extras) | summed | tokens
 
 
-@pytest.mark.parametrize("name", METHODS)
+# One of each pairing and target that no other test plays.
+QUICK = {
+    *("gpo", "inpo", "selm", "hypo", "rso", "pf_ppo", "grpo", "constrained", "cgpo_crpg", "maxmin"),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS],
+)
 def test_a_row_plays_two_rounds_and_its_loss_gets_all_arrays(name, tmp_path, monkeypatch):
     game, seen = playing.a_game(), []
 
@@ -93,9 +102,7 @@ def test_a_row_plays_two_rounds_and_its_loss_gets_all_arrays(name, tmp_path, mon
     judges = playing.judges_of(game)
     if ANY_REWARD in row.rewards:  # each reward is a group of users
         judges.rewards.pop("constraints")
-    result = playing.play_game(
-        game, row, tmp_path, frozen=frozen, judges=judges, draw=playing.TableDrawer()
-    )
+    result = playing.play_game(game, row, tmp_path, frozen=frozen, judges=judges)
     after = np.array(result.state.params["logits"])
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() > 1e-5
@@ -113,7 +120,7 @@ def test_the_other_filters_of_pf_ppo_train_too(rule, tmp_path):
     from paxo.online.pairing import filtered
 
     row = dataclasses.replace(method("pf_ppo", draws=(4,)), pairing=filtered(rule))
-    playing.play_game(playing.a_game(), row, tmp_path, rounds=1, draw=playing.TableDrawer())
+    playing.play_game(playing.a_game(), row, tmp_path, rounds=1)
     sizes = {len(r["completions_ids"]) for r in playing.rows_of(tmp_path, "0000")}
     assert sizes == ({1} if rule == "best" else {2})
 
@@ -181,7 +188,7 @@ def test_mdpo_steps_become_shorter_over_the_rounds(tmp_path, monkeypatch):
 
     monkeypatch.setattr(self_play, "make_train_step", make_train_step)
     game = playing.a_game()
-    playing.play_game(game, METHODS["mdpo"], tmp_path, rounds=4, draw=playing.TableDrawer())
+    playing.play_game(game, METHODS["mdpo"], tmp_path, rounds=4)
     assert seen == [1.0, 0.75, 0.5, 0.25]
 
 
@@ -216,7 +223,6 @@ def test_an_egpo_round_costs_twice_an_online_ipo_round(tmp_path, monkeypatch):
                 tmp_path / name,
                 rounds=3,
                 judges=playing.judges_of(playing.a_game(), judge=judge),
-                draw=playing.TableDrawer(),
             )
     assert all(costs["online_ipo_v1"].values())
     assert costs["egpo"] == {k: 2 * v for k, v in costs["online_ipo_v1"].items()}
@@ -249,7 +255,6 @@ def test_the_policy_judges_the_rewards_that_it_gives_itself(tmp_path):
         tmp_path,
         judges=playing.judges_of(playing.a_game(), rewards={"reward": OwnReward()}),
         evaluate=snapshots,
-        draw=playing.TableDrawer(),
     )
     assert len(seen) == 2
     np.testing.assert_array_equal(np.concatenate(seen), np.array(snapshots.before, np.float32))

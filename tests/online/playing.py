@@ -86,14 +86,12 @@ def packer(size, length=64):
 
 
 def play_game(game, method, workdir, *, rounds=2, prompts=16, optimizer=None, **given):
-    """Plays, with all judges and rewards that any method asks for."""
+    """Plays, with all judges and rewards that any method asks for; drawn by `TableDrawer`."""
     policy, params = policy_of(game)
     mesh = make_mesh(1, devices=jax.devices()[:1])
     judges = given.pop("judges", None) or judges_of(game)
     settings = given.pop("settings", None) or RoundSettings(rounds, prompts_per_round=prompts)
-    drawer = given.pop("draw", None) or Drawer(
-        policy, SamplingConfig(1), stop_ids(game), batch_size=settings.prompts_per_round
-    )
+    drawer = given.pop("draw", None) or TableDrawer()
     return play(
         policy,
         params,
@@ -109,6 +107,11 @@ def play_game(game, method, workdir, *, rounds=2, prompts=16, optimizer=None, **
         workdir=pathlib.Path(workdir),
         **given,
     )
+
+
+def sampler_of(game, batch_size):
+    """The sampler of language models."""
+    return Drawer(policy_of(game)[0], SamplingConfig(1), stop_ids(game), batch_size=batch_size)
 
 
 def logits_of(result):

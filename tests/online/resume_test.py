@@ -91,7 +91,6 @@ def attempt(workdir, mechanism, *, fail_at=None, stop_at=None, do=None):
             judges=judges,
             optimizer=optax.adam(0.05),
             checkpointer=saver,
-            draw=playing.TableDrawer(),
             make_writer=make_writer,
             evaluate=lambda params, last, number: {"first": float(params["logits"][0, 0])},
         )
@@ -111,7 +110,13 @@ def everything(workdir, result):
     }
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+QUICK = {"extragradient", "optimistic", "replay"}
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MECHANISMS],
+)
 def test_a_run_that_fails_in_every_way_ends_with_the_same_bits(mechanism, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     questions, result = attempt(whole, mechanism)
@@ -137,8 +142,8 @@ def test_a_run_that_fails_in_every_way_ends_with_the_same_bits(mechanism, tmp_pa
 
 
 def test_a_run_that_is_over_does_nothing_more(tmp_path):
-    attempt(tmp_path, "plain")
+    attempt(tmp_path, "replay")
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    questions, _ = attempt(tmp_path, "plain")
+    questions, _ = attempt(tmp_path, "replay")
     assert questions == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

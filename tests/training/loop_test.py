@@ -396,3 +396,62 @@ def test_a_finished_run_is_left_alone():
 
 if __name__ == "__main__":
     train(sys.argv[1], every=int(sys.argv[2]), on_step=kill_myself)
+
+
+# --- a part of a longer run ---
+
+
+def part(workdir, first, last, *, every=3, kill_at=None, **kwargs):
+    """Steps `first + 1` to `last` as a part; the saver's steps and the writer's lines."""
+    batches = Batches()
+    with Checkpointer(pathlib.Path(workdir) / "checkpoints", every=every) as saver:
+        state = initial_state()
+        for _ in range(first):
+            state, _ = take_step(state, next(batches))
+        writer = JsonlWriter(pathlib.Path(workdir) / "metrics.jsonl")
+
+        def on_step(number, _metrics):
+            if number == kill_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            fit(
+                least_squares_step(),
+                state,
+                batches,
+                num_steps=last,
+                writer=writer,
+                checkpointer=saver,
+                on_step=on_step,
+                whole=False,
+                **kwargs,
+            )
+        finally:
+            writer.close()
+            saver.wait()
+            saved = {step: saver.restore(step, initial_state())[1] for step in saver.steps()}
+    return saved, [line["step"] for line in lines_without_times(workdir)]
+
+
+def test_the_last_step_of_a_part_is_nothing_special(tmp_path):
+    def measure(state):
+        return {"score": float(state.step)}
+
+    # Checkpoints fall on 3 and 6, of which the part's last step is left to the caller.
+    saved, steps = part(tmp_path, 2, 6, log_every=4, evaluate=measure, evaluate_every=5)
+    assert list(saved) == [3]
+    assert steps == [4, 5]  # a metrics line and an evaluation; none for the last step
+    saved, steps = part(tmp_path / "silent", 0, 2, log_every=0, evaluate=measure)
+    assert (saved, steps) == ({}, [])
+
+
+@pytest.mark.parametrize("kill_at", [4, 5])
+def test_a_signal_stops_a_part_after_its_last_step_too(tmp_path, kill_at):
+    """Step 5 is the last; a signal that comes while it runs is not lost."""
+    with pytest.raises(SystemExit) as ended:
+        part(tmp_path, 0, 5, every=100, kill_at=kill_at)
+    assert ended.value.code == 143
+    with Checkpointer(tmp_path / "checkpoints", every=1) as saver:
+        assert saver.steps() == [5]
+        _, position = saver.restore(5, initial_state())
+    assert position == {"epoch": 1, "row": 8}

@@ -51,6 +51,24 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, torn):
     assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "killed.jsonl"}
 
 
+def test_the_line_of_a_round_that_is_not_behind_is_removed_though_its_step_is(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    for step, metrics in [
+        (1, {"loss": 1.0}),
+        (1, {"round": 1}),
+        (2, {"loss": 0.5}),
+        (2, {"round": 2}),
+    ]:
+        writer.write(step, metrics)
+    writer.truncate_after(2, 1)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 1, "round": 1},
+        {"step": 2, "loss": 0.5},
+    ]
+
+
 def test_a_full_disk_is_one_line_and_no_torn_line_stays(tmp_path, monkeypatch):
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     writer.write(1, {"loss": 1.0})
