@@ -42,10 +42,9 @@ from paxo.online.collect import Judges
 from paxo.online.drawing import padded_size
 from paxo.overrides import SettingsError
 from paxo.sampling import SamplingConfig
-from paxo.scoring import make_scorer
+from paxo.scoring import make_scorer, params_fingerprint
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.optimizers import AdamW
-from paxo.training.state import snapshot
 from paxo.training.writers import make_writer
 from paxo.types import Params
 
@@ -197,8 +196,16 @@ def run(
     )
     pack = make_pack(settings, prompts, mesh)
     groups = [_plain_group(p) for p in (held_out or train)[:4]]
-    artifacts.save_model_card(workdir, model.config, model.tokenizer, model.folder, groups)
-    first = snapshot(model.params)
+    artifacts.save_model_card(
+        workdir,
+        model.config,
+        model.tokenizer,
+        model.folder,
+        groups,
+        lora=model.lora,
+        base=settings.model.path or "",
+    )
+    first, (_, base) = model.params, model.policy.split(model.params)
     evaluate = None
     if held_out:
         drawer.check(held_out)
@@ -208,7 +215,10 @@ def run(
         )  # fmt: skip
     steps = settings.rounds.num_rounds * settings.rounds.steps_per_round(settings.method)
     with Checkpointer(
-        workdir / "checkpoints", every=settings.checkpoint_every, keep=settings.keep
+        workdir / "checkpoints",
+        every=settings.checkpoint_every,
+        keep=settings.keep,
+        frozen={name: params_fingerprint(x) for name, x in base.items()},
     ) as checkpointer:
         result = play(
             model.policy,
@@ -235,7 +245,12 @@ def run(
     history = evaluations(workdir)
     if settings.export:
         artifacts.export_model(
-            result.state.params, model.config, workdir / "export", model.tokenizer, model.folder
+            model.policy.join(result.state.params, result.state.frozen),
+            model.config,
+            workdir / "export",
+            model.tokenizer,
+            model.folder,
+            lora=model.lora,
         )
     _report(settings, workdir, history, time.perf_counter() - start, panels or {}, exact or {})
     return result

@@ -27,11 +27,11 @@ def names(schedule: Schedule) -> tuple[str, ...]:
     return ("snapshot", *(name for name, wanted in used.items() if wanted))
 
 
-def reference(schedule: Schedule, anchors: Mapping[str, Params], first: Params) -> Params:
-    """The reference of a round; `first` is that of the first round."""
+def reference(schedule: Schedule, anchors: Mapping[str, Params]) -> Params | None:
+    """The reference of a round; None for that of the first round, which does not move."""
     if schedule.reference == "snapshot":
         return anchors["snapshot"]
-    return anchors.get("reference", first)
+    return anchors.get("reference")
 
 
 def moved(

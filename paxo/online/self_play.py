@@ -118,7 +118,7 @@ def play(
     if jax.process_count() > 1:
         raise ValueError("self-play runs in one process; there are several: use its devices alone")
     steps = settings.num_rounds * settings.steps_per_round(method)
-    first = snapshot(params)
+    first, base = policy.split(params)
     run = _Run(
         policy=policy,
         method=method,
@@ -133,8 +133,9 @@ def play(
         files=RoundFiles(workdir, None if judges.decode is tuple else judges.decode),
         microbatches=microbatches,
         frozen=frozen,
-        first=first,
-        reference=frozen.get("reference", first),
+        first=snapshot(first),
+        base=base,
+        reference=frozen.get("reference"),
     )
     state, anchors, place = run.start(checkpointer)
     writer = None if make_writer is None else make_writer(int(state.step), place.round)
@@ -148,7 +149,8 @@ def play(
             place = _Place(place.round + 1, 0)
             last = place.round == settings.num_rounds
             if evaluate is not None and (last or _falls_on(place.round, settings.evaluate_every)):
-                scores = dict(evaluate(state.params, anchors["snapshot"], place.round))
+                both = run.whole(state.params), run.whole(anchors["snapshot"])
+                scores = dict(evaluate(*both, place.round))
                 history.append({"round": place.round, **scores})
                 figures |= {f"eval/{name}": value for name, value in scores.items()}
             if writer is not None:
@@ -197,8 +199,9 @@ class _Run:
     files: RoundFiles
     microbatches: int
     frozen: dict[str, Params]
-    first: Params
-    reference: Params
+    first: Params  # those that are trained
+    base: Params  # those that are not: adapters' base
+    reference: Params | None  # of the first round, where it is not the first policy
 
     def __post_init__(self):
         self.schedule = self.method.schedule
@@ -209,7 +212,10 @@ class _Run:
         self._make = lambda params, key: begin(params, key=key)
         self._state_key = jax.random.fold_in(self.key, 1)
         self._abstract = jax.eval_shape(self._make, self.first, self._state_key)
-        self.shardings = state_shardings(self._abstract, self.param_shardings, self.optimizer)
+        self.placed, placed_base = self.policy.split(self.param_shardings)
+        abstract = self._abstract.replace(frozen=self.base)
+        self.shardings = state_shardings(abstract, self.placed, self.optimizer, placed_base)
+        self.base = jax.device_put(self.base, self.shardings.frozen)
         self._compiled: tuple[Objective, dict] | None = None
 
     # --- the state ---
@@ -219,7 +225,7 @@ class _Run:
         names = anchoring.names(self.schedule)
         if checkpointer is not None:
             wanted = _saved(self._abstract, dict.fromkeys(names, self._abstract.params))
-            lies = _saved(self.shardings, dict.fromkeys(names, self.param_shardings))
+            lies = _saved(self.shardings, dict.fromkeys(names, self.placed))
             found = checkpointer.restore_latest(
                 jax.tree.map(
                     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), wanted, lies
@@ -228,11 +234,16 @@ class _Run:
             if found is not None:
                 saved, position, _ = found
                 anchors = dict(saved.pop("anchors"))
-                return TrainState(**saved), anchors, _Place(position["round"], position["step"])
-        make = jax.jit(self._make, out_shardings=self.shardings)
-        state = make(snapshot(self.first), self._state_key)
-        own = {"reference": self.reference}
+                state = TrainState(**saved, frozen=self.base)
+                return state, anchors, _Place(position["round"], position["step"])
+        make = jax.jit(self._make, out_shardings=self.shardings.replace(frozen={}))
+        state = make(snapshot(self.first), self._state_key).replace(frozen=self.base)
+        own = {} if self.reference is None else {"reference": self.policy.split(self.reference)[0]}
         return state, {n: snapshot(own.get(n, self.first)) for n in names}, _Place(0, 0)
+
+    def whole(self, trained: Params) -> Params:
+        """All parameters of the policy, as scorers and samplers take them."""
+        return self.policy.join(trained, self.base)
 
     # --- a round ---
 
@@ -296,7 +307,7 @@ class _Run:
                 f"{self.files.groups(f'{number:04d}-half')}, lower the learning rate or clip the "
                 "gradient"
             )
-        against = self._policies(anchors) | {"policy": half.params}
+        against = self._policies(anchors) | {"policy": self.whole(half.params)}
         collected = self._collected(number, anchors, opponents=against)
         batches = self._batches(number, collected.groups, anchors, objective)
         state = self._fit(state, anchors, objective, _Feed(batches, number, 0, 0), **kept)
@@ -324,9 +335,15 @@ class _Run:
         return self.files.kept(name, draw)
 
     def _policies(self, anchors: Anchors) -> dict[str, Params]:
-        reference = anchoring.reference(self.schedule, anchors, self.reference)
-        named = {"policy": anchors["snapshot"], "reference": reference}
-        return named | ({"average": anchors["average"]} if "average" in anchors else {})
+        names = {"policy": "snapshot"} | ({"average": "average"} if "average" in anchors else {})
+        named = {source: self.whole(anchors[anchor]) for source, anchor in names.items()}
+        return named | {"reference": self._reference(anchors)}
+
+    def _reference(self, anchors: Anchors) -> Params:
+        moved = anchoring.reference(self.schedule, anchors)
+        if moved is None and self.reference is not None:
+            return self.reference
+        return self.whole(self.first if moved is None else moved)
 
     def _prompts(self, number: int) -> list[Prompt]:
         """The round's: the next ones of this epoch's order."""
@@ -350,14 +367,15 @@ class _Run:
             batches = [attach_logps(b, role, scorer, tokens=tokens) for b in batches]
         if self.method.shape is not None:
             with jax.set_mesh(self.mesh):
-                batches = self.method.shape(batches, Tools(self.policy, anchors["snapshot"]))
+                tools = Tools(self.policy, self.whole(anchors["snapshot"]))
+                batches = self.method.shape(batches, tools)
         return batches
 
     def _frozen(self, role: str, anchors: Anchors) -> Params:
         if role == "previous":
-            return anchors.get("anchor", anchors["snapshot"])
+            return self.whole(anchors.get("anchor", anchors["snapshot"]))
         if role == "reference":
-            return anchoring.reference(self.schedule, anchors, self.reference)
+            return self._reference(anchors)
         return self.frozen[role]
 
     # --- the step ---
@@ -426,8 +444,9 @@ class _Saver:
 
 
 def _saved(state: Any, anchors: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds; parameters lie where every run's do."""
-    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    """What a checkpoint holds; parameters lie where every run's do, and frozen ones do not."""
+    names = [field.name for field in dataclasses.fields(state) if field.name != "frozen"]
+    fields = {name: getattr(state, name) for name in names}
     return fields | {"anchors": dict(anchors)}
 
 

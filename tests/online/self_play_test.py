@@ -176,8 +176,8 @@ def test_a_reference_moves_when_its_rounds_are_over_or_never_or_always(tmp_path)
     )
     params = [{"logits": x} for x in (snapshots.before[4], snapshots.before[0])]
     kept = {"snapshot": params[0]}
-    assert anchoring.reference(METHODS["apo"].schedule, kept, params[1]) is params[0]
-    assert anchoring.reference(METHODS["online_dpo"].schedule, kept, params[1]) is params[1]
+    assert anchoring.reference(METHODS["apo"].schedule, kept) is params[0]
+    assert anchoring.reference(METHODS["online_dpo"].schedule, kept) is None
     assert anchoring.names(METHODS["online_dpo"].schedule) == ("snapshot",)
 
 
