@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import paxo
-from paxo import artifacts, loading, rounds, runs
+from paxo import loading, rounds, runs
 from paxo.data.records import Record
 from paxo.data.tokenise import tokenise
 from paxo.evaluation.report import print_table, write_results
@@ -36,9 +36,10 @@ from paxo.games import exact
 from paxo.games.preference_game import PreferenceGame
 from paxo.judges import MatrixJudge, RuleJudge
 from paxo.loading import Model
-from paxo.online import Prompt, RoundSettings, method
+from paxo.online import Draw, Drawer, Prompt, RoundSettings, method
 from paxo.online.collect import Judges
 from paxo.rounds import EvaluationSettings, SelfPlay
+from paxo.rows import from_first
 from paxo.sampling import SamplingConfig
 from paxo.training.optimizers import AdamW
 
@@ -108,7 +109,7 @@ def run(settings: Cyclic, workdir: pathlib.Path) -> None:
         return
     mesh = paxo.models.sharding.make_mesh(**dataclasses.asdict(settings.mesh))
     model = first_model(settings, workdir, mesh)
-    shares = measured_shares(settings, model)
+    shares = measured_shares(settings, model, mesh)
     game = style_game(settings, shares[:NEITHER])
     nash = np.asarray(jax.nn.softmax(exact.nash_policy(game)))
     first = exact_figures(game, nash, shares)
@@ -128,6 +129,8 @@ def run(settings: Cyclic, workdir: pathlib.Path) -> None:
         exact={f"share_{name}": float(p) for name, p in zip(STYLES, nash)},
     )
     history = rounds.evaluations(workdir)
+    if not history:  # another process tells
+        return
     kept = ("exact_gap", "unregularised_gap", "distance", *(f"share_{name}" for name in STYLES))
     average = np.mean([[row[f"share_{n}"] for n in (*STYLES, "none")] for row in history], axis=0)
     results = {
@@ -238,7 +241,7 @@ def prompt_of(number: int) -> str:
 def first_model(settings: Cyclic, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
     """The decoder after supervised training, which is done once in a run folder."""
     folder = workdir / "tokenizer"
-    save_tokenizer(folder)
+    from_first(lambda: save_tokenizer(folder))
     chosen = dataclasses.replace(settings.model, tokenizer=str(folder))
     made = loading.load_model(chosen, mesh, settings.rounds.seed)
     rng = np.random.default_rng([settings.rounds.seed, 1])
@@ -255,7 +258,7 @@ def first_model(settings: Cyclic, workdir: pathlib.Path, mesh: jax.sharding.Mesh
         made.params,
         paxo.objective("nll"),
         AdamW(3e-3, warmup_steps=10, schedule="cosine"),
-        loading.batches(loading.Data(groups, [], shape), data, train),
+        loading.batches(loading.Data(groups, [], shape), data, train, mesh),
         train,
         mesh,
         workdir / "sft",
@@ -292,16 +295,12 @@ def some_prompts(settings: Cyclic, model: Model) -> list[Prompt]:
     ]
 
 
-def measured_shares(settings: Cyclic, model: Model) -> np.ndarray:
+def measured_shares(settings: Cyclic, model: Model, mesh: jax.sharding.Mesh) -> np.ndarray:
     """Styles of the first policy, counted over 8,192 of its texts."""
-    from paxo.sampling import make_sampler
-
-    prompt = model.tokenizer.encode_prompt(prompt_of(0)).tolist()
-    batch = artifacts.prompt_batch([prompt] * 128)
-    sampler = make_sampler(
-        model.policy, dataclasses.replace(settings.sampling, num_candidates=64),
-        model.tokenizer.stop_ids,
-    )  # fmt: skip
-    drawn = jax.device_get(sampler(model.params, batch, jax.random.key(17)))
-    texts = [[words_of(t[m]) for t, m in zip(*row)] for row in zip(drawn.tokens, drawn.mask)]
-    return shares_of(texts)
+    ids = np.asarray(model.tokenizer.encode_prompt(prompt_of(0)), np.int32)
+    drawer = Drawer(
+        model.policy, settings.sampling, model.tokenizer.stop_ids, mesh=mesh, batch_size=128
+    )
+    prompts = [Prompt(ids, i) for i in range(128)]
+    drawn = drawer(Draw("policy", 64), {"policy": model.params}, prompts, jax.random.key(17))
+    return shares_of([[words_of(t) for t in row] for row in drawn.tokens])

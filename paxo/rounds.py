@@ -8,6 +8,7 @@ An experiment file gives the settings and says who judges:
 
 import dataclasses
 import functools
+import json
 import logging
 import pathlib
 import time
@@ -41,6 +42,7 @@ from paxo.online import Draw, Drawer, Group, Method, PlayResult, Prompt, RoundSe
 from paxo.online.collect import Judges
 from paxo.online.drawing import padded_size
 from paxo.overrides import SettingsError
+from paxo.rows import everywhere, own_part, place_rows
 from paxo.sampling import SamplingConfig
 from paxo.scoring import make_scorer, params_fingerprint
 from paxo.training.checkpoint import Checkpointer
@@ -403,14 +405,16 @@ class Evaluator:
         asked = [decode(p.ids.tolist()) if p.shown is None else p.shown for p in self.prompts]
         found = self._policy_figures(params, ours)
         if self.judges.judge is not None:
-            table = self.judges.judge(asked, shown, wanted=wanted_comparisons(num))
+            wanted = wanted_comparisons(num)
+            table = self.judges.ask(lambda: self.judges.judge(asked, shown, wanted=wanted))
             kept = ~np.isnan(table[:, :, :num]).any((1, 2))
             if kept.any():
                 found |= preference_figures(np.asarray(table)[kept], num)
             found["unjudged_prompts"] = float((~kept).sum())
         own = [row[:num] for row in shown]
         for name, reward in self.judges.of_policy(params, self.key).rewards.items():
-            found[f"reward/{name}"] = float(np.nanmean(np.asarray(reward(asked, own))))
+            rewards = self.judges.ask(lambda reward=reward: np.asarray(reward(asked, own)))
+            found[f"reward/{name}"] = float(np.nanmean(rewards))
         return found | dict(self.figures(own) if self.figures is not None else {})
 
     @functools.cached_property
@@ -429,8 +433,9 @@ class Evaluator:
             for b, p in enumerate(self.prompts)
         ]
         batch = self.pack(groups)
+        rows = place_rows(own_part(batch, self.mesh), self.mesh)
         of, first = (
-            np.asarray(make_scorer(_policy_of(self.drawer), x, mesh=self.mesh)(batch))
+            everywhere(make_scorer(self.drawer.policy, x, mesh=self.mesh)(rows))
             for x in (params, self.first)
         )
         there = np.asarray(batch.where)
@@ -438,15 +443,11 @@ class Evaluator:
         return policy_figures(of[there] - first[there], of[there], lengths, ours.finished)
 
 
-def _policy_of(drawer: Drawer):
-    return drawer.policy
-
-
 def evaluations(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The evaluations of a run, over all attempts, read back from its metrics."""
-    import json
-
-    found = []
+    """The evaluations of a run, over all attempts, read back from its metrics by process 0."""
+    found: list[dict[str, float]] = []
+    if jax.process_index() != 0:
+        return found
     for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         scores = {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}

@@ -6,6 +6,8 @@ own rows (`own_rows`) or whole, on all of them (`everywhere`). What the processe
 hosts is put together by `from_all`.
 """
 
+import pickle
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +109,39 @@ def everywhere(tree: Any) -> Any:
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(fetch, tree)
+
+
+def from_first(call: Callable[[], Any]) -> Any:
+    """What a call gives on process 0, on all of them; each process must call this.
+
+    For what is done once: to ask a judge, to read or write a file. The value is pickled.
+
+    Raises:
+        Exception: what the call raised, on every process.
+
+    >>> from_first(lambda: {"wins": 3})
+    {'wins': 3}
+    """
+    if jax.process_count() == 1:
+        return call()
+    told = b""
+    if jax.process_index() == 0:
+        try:
+            told = pickle.dumps((True, call()))
+        except Exception as error:
+            told = pickle.dumps((False, error))
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    data = np.frombuffer(told.ljust(size, b"\0"), np.uint8)
+    good, value = pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+    if not good:
+        raise value
+    return value
+
+
+def own_part(batch: Any, mesh: Mesh) -> Any:
+    """Of host arrays `[R, ...]` that every process has whole, the rows that are this one's."""
+    share = row_share(mesh)
+    return jax.tree.map(lambda x: np.array_split(x, share.count)[share.index], batch)
 
 
 def from_all(tree: Any, mesh: Mesh) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from paxo.online.groups import Group, Prompt
 from paxo.online.judging import Bench, Reward
 from paxo.online.method import ANY_REWARD, Draw, Method
 from paxo.online.pairing import UNJUDGED, Chosen
+from paxo.rows import from_first
 from paxo.types import Array, Judge, Params
 
 logger = logging.getLogger(__name__)
@@ -48,12 +50,15 @@ class Judges:
             function` is asked for that of each round's policy (`paxo.online.SelfReward`).
         decode: token ids -> what judges are shown; by default the ids themselves.
         allow_unfinished: whether completions that the length limit cut are trained on.
+        everywhere: of several processes all ask, as is needed where a judge is a model on the mesh;
+            by default the first one asks and tells the others.
     """
 
     judge: Judge | None = None
     rewards: Mapping[str, Reward] = dataclasses.field(default_factory=dict)
     decode: Callable[[Sequence[int]], Any] = tuple
     allow_unfinished: bool = True
+    everywhere: bool = False
 
     def check(self, method: Method) -> None:
         """Raises ValueError where a method lacks its judge or a reward function."""
@@ -67,6 +72,10 @@ class Judges:
                     f"method {method.name!r} needs the reward function {name!r}; given are "
                     f"{sorted(self.rewards)}: give rewards={{{name!r}: function}}"
                 )
+
+    def ask(self, call: Callable[[], Any]) -> Any:
+        """What a call of the judges gives: on every process, or on the first, which tells all."""
+        return call() if self.everywhere else from_first(call)
 
     def of_policy(self, params: Params, key: Array) -> "Judges":
         """These judges with the rewards that the policy gives itself."""
@@ -117,8 +126,18 @@ def collect(
         for d in method.opponents
     ]
     judges = judges.of_policy(policies["policy"], jax.random.fold_in(key, 4))
-    bench = _bench(method, prompts, prefixes, drawn, others, judges)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(for_pairing)))
+    judged = functools.partial(
+        _judged, method, prompts, asked, prefixes, drawn, others, judges, rng, name, least
+    )
+    return judges.ask(judged)
+
+
+def _judged(
+    method, prompts, asked, prefixes, drawn, others, judges: Judges, rng, name: str, least: int
+) -> Collected:
+    """What the judges and the pairing make of the candidates."""
+    bench = _bench(method, prompts, prefixes, drawn, others, judges)
     try:
         chosen = method.pairing(bench, rng)
         values = _targets(method, bench, chosen) if len(chosen.prompt) else {}

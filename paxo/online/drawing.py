@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from paxo.online.groups import Prompt
 from paxo.online.method import Draw
+from paxo.rows import RowShare, from_all, row_share
 from paxo.sampling import SamplingConfig, make_mixture_sampler, make_sampler
 from paxo.types import Array, Params, Policy, PromptBatch
 
@@ -32,7 +33,7 @@ class Drawn(NamedTuple):
 
 
 class Drawer:
-    """Draws from the policies of a round.
+    """Draws from the policies of a round; several processes share the prompts, and tell all.
 
     The draws for a prompt depend on the key, its number, the candidate and the position alone.
 
@@ -105,17 +106,29 @@ class Drawer:
             mix: weight of the reference, for `source="mixture"`.
         """
         sampler = self._sampler(draw, policies, mix)
-        tokens, finished, logps = [], [], []
-        for start in range(0, len(prompts), self.batch_size):
-            some = prompts[start : start + self.batch_size]
+        share = RowShare(0, 1) if self.mesh is None else row_share(self.mesh)
+        own = list(prompts[share.index :: share.count])
+        own += [prompts[-1]] * (-(-len(prompts) // share.count) - len(own))  # as many as others
+        parts = []
+        for start in range(0, len(own), self.batch_size):
+            some = own[start : start + self.batch_size]
             drawn = jax.device_get(sampler(self._batch(some), key))
-            own = drawn.token_logps["policy"]
-            for b in range(len(some)):
-                lengths = drawn.mask[b].sum(-1)
-                tokens.append([t[:n] for t, n in zip(drawn.tokens[b].astype(np.int32), lengths)])
-            finished.append(drawn.finished[: len(some)])
-            logps.append(np.sum(own[: len(some)], -1, dtype=np.float32))
-        return Drawn(tokens, np.concatenate(finished), np.concatenate(logps))
+            found = (
+                drawn.tokens.astype(np.int32),
+                drawn.mask.sum(-1),
+                drawn.finished,
+                np.sum(drawn.token_logps["policy"], -1, dtype=np.float32),
+            )
+            parts.append([np.asarray(x[: len(some)]) for x in found])
+        whole = [np.concatenate(x) for x in zip(*parts)]
+        if share.count > 1:
+            whole = from_all(whole, self.mesh)
+            # The i-th prompt of share s is the (i * count + s)-th of all.
+            order = np.arange(len(own) * share.count).reshape(share.count, -1).T.ravel()
+            whole = [x[order[: len(prompts)]] for x in whole]
+        tokens, lengths, finished, logps = whole
+        cut = [[t[:n] for t, n in zip(*row)] for row in zip(tokens, lengths)]
+        return Drawn(cut, finished, logps)
 
     def _sampler(self, draw: Draw, policies: Mapping[str, Params], mix: float) -> Any:
         own = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p")}

@@ -3,6 +3,7 @@
 A round counts as drawn once its groups are there, which are written last, whole or not at all.
 """
 
+import functools
 import json
 import logging
 import pathlib
@@ -13,6 +14,7 @@ import numpy as np
 from paxo.online.collect import Collected, RoundError
 from paxo.online.groups import Decode, Group, read_groups, write_groups
 from paxo.online.method import Schedule
+from paxo.rows import from_first
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +46,26 @@ class RoundFiles:
         Raises:
             ValueError: for a damaged file.
         """
+        found = from_first(lambda: self._read(name))
+        if found is None:
+            found = draw()
+            from_first(lambda: self._write(name, found))
+        return found
+
+    def _read(self, name: str) -> Collected | None:
         file = self.groups(name)
         figures = file.with_suffix(".json")
-        if file.exists() and figures.exists():
-            logger.info("round %s: its groups are read from %s", name, file)
-            return Collected(read_groups(file), _figures(figures))
-        found = draw()
+        if not (file.exists() and figures.exists()):
+            return None
+        logger.info("round %s: its groups are read from %s", name, file)
+        return Collected(read_groups(file), _figures(figures))
+
+    def _write(self, name: str, found: Collected) -> None:
+        file = self.groups(name)
         self.folder.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(found.figures, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(found.figures, indent=2) + "\n"
+        file.with_suffix(".json").write_text(text, encoding="utf-8")
         write_groups(file, found.groups, self._decode)
-        return found
 
     def replayed(self, number: int, size: int, schedule: Schedule, seed: int) -> list[Group]:
         """Groups of earlier rounds that a round is trained on besides its own.
@@ -70,7 +82,7 @@ class RoundFiles:
         shares = [None] * number if schedule.replay == "all" else schedule.replay
         added = []
         for earlier, share in zip(range(number - 1, -1, -1), shares):
-            known = self._earlier(number, earlier)
+            known = from_first(functools.partial(self._earlier, number, earlier))
             if share is not None:
                 rng = np.random.default_rng((seed, number, earlier))
                 count = min(round(share * size), len(known))

@@ -34,7 +34,8 @@ from paxo.online.method import Method
 from paxo.online.round_files import RoundFiles
 from paxo.online.settings import RoundSettings
 from paxo.online.shaping import Tools
-from paxo.scoring import attach_logps, make_scorer, place_rows
+from paxo.rows import own_part, place_rows
+from paxo.scoring import attach_logps, make_scorer
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.loop import NonFiniteLossError, fit
 from paxo.training.state import TrainState, init_state, snapshot, state_shardings
@@ -115,8 +116,6 @@ def play(
     judges.check(method)
     settings.check(method, prompts, frozen)
     draw.check([_longest(prompt, method) for prompt in prompts])
-    if jax.process_count() > 1:
-        raise ValueError("self-play runs in one process; there are several: use its devices alone")
     steps = settings.num_rounds * settings.steps_per_round(method)
     first, base = policy.split(params)
     run = _Run(
@@ -360,7 +359,7 @@ class _Run:
             rng = np.random.default_rng((self.settings.seed, number, epoch, 7))
             dealt = np.array_split(rng.permutation(len(groups)), self.settings.minibatches)
             parts += [[groups[i] for i in part] for part in dealt]
-        batches = [place_rows(self.pack(part), self.mesh) for part in parts]
+        batches = [place_rows(own_part(self.pack(part), self.mesh), self.mesh) for part in parts]
         for role in self.method.roles(objective):
             scorer = make_scorer(self.policy, self._frozen(role, anchors), mesh=self.mesh)
             tokens = objective.reads_tokens(role) or self.method.by_token
