@@ -164,7 +164,7 @@ def padded_size(needed: int, multiple: int) -> int:
     """The next of few sizes, each at most a quarter (or one multiple) above the one before.
 
     >>> [padded_size(n, 16) for n in (1, 16, 17, 100, 130)]
-    [16, 16, 32, 112, 144]
+    [16, 16, 32, 112, 160]
     """
     size = multiple
     while size < needed:

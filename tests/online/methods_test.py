@@ -1,11 +1,14 @@
 """Every row of the table plays, trains, and hands its loss all that the loss can read."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from paxo.online import METHODS, RoundSettings, method, self_play
 from paxo.online.method import ANY_REWARD, Draw, Method, Schedule
+from paxo.online.pairing import filtered
 from tests.online import playing
 
 # Row -> what a game of four actions wants instead of the papers' numbers, which are for texts.
@@ -79,7 +82,7 @@ def arrays_of(batch):
 
 # One of each pairing and target that no other test plays.
 QUICK = {
-    *("gpo", "inpo", "selm", "hypo", "rso", "pf_ppo", "grpo", "constrained", "cgpo_crpg", "maxmin"),
+    *("gpo", "inpo", "selm", "hypo", "rso", "grpo", "constrained", "cgpo_crpg", "maxmin"),
 }
 
 
@@ -88,13 +91,12 @@ QUICK = {
     [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS],
 )
 def test_a_row_plays_two_rounds_and_its_loss_gets_all_arrays(name, tmp_path, monkeypatch):
-    game, seen = playing.a_game(), []
+    game, seen, original = playing.a_game(), [], self_play.fit
 
     def fit(step, state, feed, **given):
         seen.append(feed._batches[0])
-        return self_play.__dict__["fit_"](step, state, feed, **given)
+        return original(step, state, feed, **given)
 
-    monkeypatch.setattr(self_play, "fit_", self_play.fit, raising=False)
     monkeypatch.setattr(self_play, "fit", fit)
     row, first = method(name, **SETTINGS[name]), playing.policy_of(game)[1]
     frozen = {"dpo": first} if "dpo" in row.attach else None
@@ -113,16 +115,11 @@ def test_a_row_plays_two_rounds_and_its_loss_gets_all_arrays(name, tmp_path, mon
     assert seen[-1].where.shape[-1] == row.group_size
 
 
-@pytest.mark.parametrize("rule", ["best_random", "best"])
-def test_the_other_filters_of_pf_ppo_train_too(rule, tmp_path):
-    import dataclasses
-
-    from paxo.online.pairing import filtered
-
-    row = dataclasses.replace(method("pf_ppo", draws=(4,)), pairing=filtered(rule))
+def test_the_filter_that_keeps_the_best_alone_trains_too(tmp_path):
+    row = dataclasses.replace(method("pf_ppo", draws=(4,)), pairing=filtered("best"))
     playing.play_game(playing.a_game(), row, tmp_path, rounds=1)
     sizes = {len(r["completions_ids"]) for r in playing.rows_of(tmp_path, "0000")}
-    assert sizes == ({1} if rule == "best" else {2})
+    assert sizes == {1}
 
 
 def test_grpo_attaches_its_reference_only_where_a_penalty_reads_it():
