@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import time
 
 import pytest
 
@@ -25,24 +26,32 @@ FULL = (
     *("model.compute_dtype=bfloat16", "reference.dtype=bfloat16", "model.remat=full"),
     *("data.row_length=4096", "train.rows_per_batch=256", "mesh.data=1", "mesh.fsdp=-1"),
 )
-MINUTES = 5 * 60  # of compilation on two cores
+# Seconds of compilation on two cores, counted as CPU seconds: other work may share them.
+CPU_SECONDS = 2 * 5 * 60
 
 
 def settings(*changes):
     return settings_of(load(FILE), [*FULL, *changes])
 
 
+def planned(changes, topology, model):
+    """The plan, after a look at the CPU seconds that each of its programs took."""
+    start = time.process_time()
+    made = planning.plan(settings(*changes), topology, model=model, compiled=1)
+    programs = len(made["compiled"]) + sum(len(found["compiled"]) for found in made["search"])
+    assert time.process_time() - start < CPU_SECONDS * programs
+    assert all(program["failure"] is None for program in made["compiled"].values())
+    return made
+
+
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
 def test_8b_fits_with_a_tenth_to_spare(topology):
-    made = planning.plan(settings(), topology, model="llama3-8b", compiled=1)
+    made = planned((), topology, "llama3-8b")
     assert made["model"]["trained"] == 8_030_261_248
     assert made["layout"]["row_length"] == 4096
     assert {*made["compiled"]} == {"step", "scorer", "sampler"}
     assert made["spare"] >= SPARE
     assert made["fits"]
-    for program in made["compiled"].values():
-        assert program["failure"] is None
-        assert program["seconds"] < MINUTES
     # What training and sampling keep between programs is exact, so the arguments are.
     kept = sum(made["memory"]["bytes"][name] for name in ("parameters", "moments"))
     assert made["compiled"]["step"]["arguments"] == pytest.approx(kept, rel=0.05)
@@ -51,7 +60,7 @@ def test_8b_fits_with_a_tenth_to_spare(topology):
 
 def test_the_smallest_v5p_slice_that_holds_70b_is_found_and_named():
     changes = ("train.rows_per_batch=64",)
-    made = planning.plan(settings(*changes), "v5p", model="llama3-70b", compiled=1)
+    made = planned(changes, "v5p", "llama3-70b")
     assert made["fits"]
     assert made["spare"] >= SPARE
     assert made["smallest"]["of"] == "v5p"
@@ -62,17 +71,15 @@ def test_the_smallest_v5p_slice_that_holds_70b_is_found_and_named():
     assert parameters * (4 + 8 + 8 + 2) > room
     assert parameters * (4 + 8 + 4 + 2) + inputs > room
     assert made["topology"]["name"] == "v5p:2x4x4"
-    assert made["compiled"]["step"]["seconds"] < MINUTES
 
 
 def test_adapters_of_8b_fit_16_v5e_chips():
     changes = ("train.rows_per_batch=16", "model.lora.rank=16", "reference.dtype=none")
-    made = planning.plan(settings(*changes), "v5e:4x4", model="llama3-8b", compiled=1)
+    made = planned(changes, "v5e:4x4", "llama3-8b")
     assert made["model"]["trained"] < made["model"]["parameters"] / 100
     assert made["memory"]["bytes"]["reference"] == 0
     assert made["fits"]
     assert made["spare"] >= SPARE
-    assert all(program["seconds"] < MINUTES for program in made["compiled"].values())
 
 
 def test_what_does_not_fit_is_said_by_the_compiler():
