@@ -1,7 +1,7 @@
 """W5: a DPO step on pairs of real lengths, W1's model, the reference scored in every step.
 
     python -m benchmarks.w5 --steps 8
-    python -m benchmarks.w5 --row-length 1024 --rows 4
+    python -m benchmarks.w5 --row-length 896 --rows 4
 
 The pairs are those of `pairs_hh_harmless` (`real_lengths`). All of them are trained on: a row is
 long enough for the longest, and attention is computed within each pair alone.
@@ -72,8 +72,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of a command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workload", default="W1", choices=("W1", "W2"), help="whose model")
-    parser.add_argument("--rows", type=int, default=4, help="rows of a step")
-    parser.add_argument("--row-length", type=int, help="default: as the lengths ask for")
+    parser.add_argument("--rows", type=int, default=3, help="rows of a step")
+    parser.add_argument(
+        "--row-length", type=int, default=1024,
+        help="tokens of a row (default: 1024, which fills the scored slots best)",
+    )  # fmt: skip
     parser.add_argument("--pairs", type=int, help="use only the first of the set")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=1)
