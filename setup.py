@@ -34,7 +34,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "tpu": ["jax[tpu]"],
+    "tpu": ["jax[tpu]", "gcsfs>=2024.6"],  # checkpoints in a bucket
     "cuda12": ["jax[cuda12]"],  # driver 525 or later
     "cuda13": ["jax[cuda13]"],  # driver 580 or later
     "hub": ["datasets>=4"],

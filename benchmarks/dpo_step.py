@@ -127,7 +127,8 @@ def run(common: ModuleType, compiled: Any, prepared: Prepared, options: Any) -> 
                 common.reset_peak_rss()
                 meter.drop()
                 meter.mark()
-            state, metrics = compiled(state, attached(prepared))
+            # As `CompiledStep` calls it: what is frozen is no part of what is donated.
+            state, metrics = compiled(state, {}, attached(prepared))
             losses.append(round(float(metrics["loss"]), 5))
             jax.block_until_ready(state)
             meter.lap()

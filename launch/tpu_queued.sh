@@ -15,7 +15,7 @@ after a pre-emption asks again and goes on from the last checkpoint, until the j
                         such as --create-flag --valid-until-duration=6h
 
   launch/tpu_queued.sh --name dpo --zone us-east5-b --type v6e-64 --spot -- \
-    experiments/dpo_hh.py --workdir gs://BUCKET/dpo --set data.path=gs://BUCKET/pairs.jsonl
+    experiments/dpo_hh.py --workdir gs://BUCKET/dpo --set data.path=pairs.jsonl
 
 The machine that it runs on asks every minute, so leave it running (tmux). Run again, it takes the
 request that is there and the job that runs. Ctrl-C deletes the slices.

@@ -27,7 +27,7 @@ One TPU slice, made on demand: create, install, run on all workers, fetch logs, 
   --dry-run             print every command, do nothing
 
   launch/tpu_vm.sh all --name dpo --zone us-east5-b --type v6e-8 -- \
-    experiments/dpo_hh.py --workdir gs://BUCKET/dpo --set data.path=gs://BUCKET/pairs.jsonl
+    experiments/dpo_hh.py --workdir gs://BUCKET/dpo --set data.path=pairs.jsonl
 
 Exit codes: that of the job; 2 wrong use; 4 no quota; 75 pre-empted, or no capacity: the same command
 goes on from the last checkpoint in --workdir.

@@ -25,7 +25,7 @@ from paxo.models.policy import make_policy
 from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.sampling import SamplingConfig, make_sampler
 from paxo.scoring import params_fingerprint
-from paxo.training.checkpoint import read_frozen, read_params
+from paxo.training.checkpoint import checkpoint_folder, read_frozen, read_params
 from paxo.types import Params, PromptBatch
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ def _checkpoint(workdir: pathlib.Path, step: int | None) -> tuple[ModelConfig, P
         raise FileNotFoundError(
             f"{workdir}: no run folder, it has no {CARD}/ written by `paxo run`"
         )
-    config, trained = read_config(workdir / CARD), read_params(workdir / "checkpoints", step)
+    config, trained = read_config(workdir / CARD), read_params(checkpoint_folder(workdir), step)
     if not (workdir / LORA).exists():
         return config, trained
     told = json.loads((workdir / LORA).read_text())
@@ -188,7 +188,7 @@ def _checkpoint(workdir: pathlib.Path, step: int | None) -> tuple[ModelConfig, P
         **{field.name: told[field.name] for field in dataclasses.fields(LoraSettings)}
     )
     base = load_params(resolve_model(told["base"]), config, dtype=lora.base_dtype)
-    before = read_frozen(workdir / "checkpoints", step)
+    before = read_frozen(checkpoint_folder(workdir), step)
     changed = [name for name, x in base.items() if params_fingerprint(x) != before[name]]
     if changed:
         raise ValueError(

@@ -278,13 +278,14 @@ def run_file(
 ) -> None:
     """`paxo run`: runs an experiment file, or goes on with what is in `workdir`.
 
-    Several processes need a `workdir` that all of them see.
+    Several processes need a `workdir` that all of them see, or a bucket's address ("gs://..."): the
+    checkpoints then lie there, and metrics, logs and plots in `runs/<its last part>` on process 0.
     """
     import jax
 
     module = load(file)
     settings = settings_of(module, overrides)
-    workdir = pathlib.Path(workdir)
+    workdir = _local_folder(workdir)
     distributed.on_first(lambda: write_run_folder(workdir, file, settings, overrides))
     try:
         with log_to(workdir):
@@ -293,6 +294,19 @@ def run_file(
         if jax.process_index() == 0:
             forget_unless_begun(workdir)
         raise
+
+
+def _local_folder(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder itself; of a bucket one on this machine, which says where checkpoints lie."""
+    from paxo.training.checkpoint import BUCKET
+
+    if "://" not in str(workdir):
+        return pathlib.Path(workdir)
+    address = str(workdir).rstrip("/")
+    folder = pathlib.Path("runs", address.rpartition("/")[2])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BUCKET).write_text(address + "\n")
+    return folder
 
 
 def inspect_file(file: str | pathlib.Path, overrides: Sequence[str], num: int) -> None:

@@ -45,7 +45,7 @@ from paxo.overrides import SettingsError
 from paxo.rows import everywhere, own_part, place_rows
 from paxo.sampling import SamplingConfig
 from paxo.scoring import make_scorer, params_fingerprint
-from paxo.training.checkpoint import Checkpointer
+from paxo.training.checkpoint import Checkpointer, checkpoint_folder
 from paxo.training.optimizers import AdamW
 from paxo.training.writers import make_writer
 from paxo.types import Params
@@ -217,7 +217,7 @@ def run(
         )  # fmt: skip
     steps = settings.rounds.num_rounds * settings.rounds.steps_per_round(settings.method)
     with Checkpointer(
-        workdir / "checkpoints",
+        checkpoint_folder(workdir),
         every=settings.checkpoint_every,
         keep=settings.keep,
         frozen={name: params_fingerprint(x) for name, x in base.items()},

@@ -43,7 +43,7 @@ from paxo.overrides import SettingsError
 from paxo.reward_scoring import HeadScorer, save_heads
 from paxo.rows import place_rows
 from paxo.scoring import make_scorer, params_fingerprint
-from paxo.training.checkpoint import Checkpointer
+from paxo.training.checkpoint import Checkpointer, checkpoint_folder
 from paxo.training.loop import fit
 from paxo.training.optimizers import AdamW
 from paxo.training.state import TrainState, init_state, snapshot, state_shardings
@@ -213,7 +213,7 @@ def train(
     changing = shardings.replace(frozen={})
     body = make_train_step(policy, objective, transformation, microbatches=settings.microbatches)
     with Checkpointer(
-        workdir / "checkpoints",
+        checkpoint_folder(workdir),
         every=settings.checkpoint_every,
         keep=settings.keep,
         best_metric=settings.best_metric,

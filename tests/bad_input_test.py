@@ -331,13 +331,18 @@ def test_a_full_disk_at_the_store_gives_one_line_and_keeps_what_was_stored(
     ("kilobytes", "what"),
     [
         (1, "run: cannot write to the run folder: File too large"),
-        (2, "cannot export to"),
+        (4, "cannot export to"),
         (16, "cannot write a checkpoint in"),
     ],
 )
-def test_where_files_cannot_grow_the_run_ends_in_one_line(kilobytes, what, file, tmp_path):
+def test_where_files_cannot_grow_the_run_ends_in_one_line(kilobytes, what, model, tmp_path):
     """A limit on the size of files stands for a full disk: both let a write fail half-way."""
     workdir = tmp_path / "run"
+    # Between the settings, in two kilobytes, and the checkpoints stands the tokenizer, in eight.
+    large = shutil.copytree(model, tmp_path / "model")
+    tokenizer = large / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().ljust(8 * 1024))
+    file = write_experiment(tmp_path / "large.py", large)
     command = f"ulimit -f {kilobytes}; exec " + shlex.join(
         [sys.executable, "-m", "paxo.cli", "run", str(file), "--workdir", str(workdir), "--set",
          "reference.store=off", "data.heldout=0", "train.num_steps=2"]

@@ -259,3 +259,23 @@ def test_a_reader_that_stops_reading_is_no_error():
     assert finished.returncode == 0
     assert "Traceback" not in finished.stderr
     assert "BrokenPipe" not in finished.stderr
+
+
+def test_a_bucket_keeps_the_checkpoints_and_a_folder_here_the_rest(tmp_path, monkeypatch):
+    from paxo import experiment
+    from paxo.training.checkpoint import checkpoint_folder
+
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "made.py"
+    file.write_text(
+        "import dataclasses\n\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Settings:\n    steps: int = 1\n\n"
+        "def experiment():\n    return Settings()\n\n"
+        "def run(settings, workdir):\n    (workdir / 'seen').write_text(str(settings.steps))\n"
+    )
+    experiment.run_file(file, ["steps=3"], "gs://a-bucket/some/dpo/")
+    folder = pathlib.Path("runs", "dpo")
+    assert (folder / "seen").read_text() == "3"
+    assert (folder / "config.json").exists()
+    assert str(checkpoint_folder(folder)) == "gs://a-bucket/some/dpo/checkpoints"
+    assert checkpoint_folder(tmp_path) == tmp_path / "checkpoints"

@@ -431,6 +431,9 @@ def started(world, script, *arguments, looks=1):
          world.folder / "logs", "--", FILE, "--workdir", BUCKET],
         env=os.environ | {"PATH": f"{world.folder / 'bin'}:{os.environ['PATH']}"},
         stderr=subprocess.PIPE,
+        # A shell cannot trap what was ignored when it began, as Ctrl-C is for what a script started
+        # in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 30
     while looked() < wanted:

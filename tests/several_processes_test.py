@@ -233,3 +233,30 @@ def test_when_process_0_is_refused_the_other_ends_too(tmp_path):
     assert (code, other_code) == (2, 2)
     assert "holds a run with other settings" in error
     assert "process 0 could not begin" in other_error
+
+
+@pytest.mark.slow
+def test_self_play_of_two_processes_ends_as_that_of_one(tmp_path):
+    experiment = str(PROJECT / "experiments" / "egpo_prompts.py")
+    short = [
+        *("sft_steps=2", "num_reviews=32", "num_prompts=24", "evaluation.num_prompts=8"),
+        *("rounds.num_rounds=2", "rounds.prompts_per_round=8", "rounds.evaluate_every=1"),
+        *("sampling.max_new_tokens=6", "sample_batch=8", "row_length=64", "checkpoint_every=1"),
+        *("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    ]
+    alone = tmp_path / "alone"
+    paxo("run", experiment, "--workdir", alone, "--set", *short)
+    together = tmp_path / "together"
+    command = [
+        *("-m", "paxo.cli", "run", experiment, "--workdir", str(together)),
+        *("--coordinator", "127.0.0.1:{port}", "--num-processes", "2", "--process-id", "{process}"),
+        *("--set", *short),
+    ]
+    outputs = run_pair(command, tmp_path)
+    assert [code for code, *_ in outputs] == [0, 0], "\n".join(error for *_, error in outputs)
+    for name in ("0000-half", "0000"):  # before anything was trained, the same tokens
+        first, second = ((x / "rounds" / f"{name}.jsonl").read_text() for x in (alone, together))
+        assert first == second
+    one, two = (results(folder)["last"] for folder in (alone, together))
+    assert one["tokens"] == two["tokens"]
+    assert one["kl_nats"] == pytest.approx(two["kl_nats"], abs=1e-3)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 State = TypeVar("State")
 # Name of the fingerprints beside the position in the data.
 FROZEN = "frozen"
+BUCKET = "bucket.txt"  # of a run folder whose checkpoints lie elsewhere: that address
 
 
 class Checkpointer:
@@ -356,6 +357,13 @@ def _reason(error: Exception) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def checkpoint_folder(workdir: str | os.PathLike[str]) -> epath.Path:
+    """Where a run's checkpoints lie: in its folder, or in the bucket that `BUCKET` there names."""
+    named = epath.Path(workdir) / BUCKET
+    where = named.read_text().strip() if named.exists() else str(workdir)
+    return epath.Path(where) / "checkpoints"
 
 
 def _absolute(folder: str | os.PathLike[str]) -> epath.Path:
