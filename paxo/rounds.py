@@ -7,8 +7,6 @@ An experiment file gives the settings and says who judges:
 """
 
 import dataclasses
-import functools
-import json
 import logging
 import pathlib
 import time
@@ -19,32 +17,24 @@ import jax
 import numpy as np
 
 from paxo import artifacts
-from paxo.data.layouts import parse_prompt, parse_record
-from paxo.data.limits import TokenLimits
 from paxo.data.packing import pack_groups, pad_rows
-from paxo.data.records import Record, RecordError, Skipped, TokenGroup
+from paxo.data.records import TokenGroup
 from paxo.data.row_shape import RowShape
-from paxo.data.sources import open_source
-from paxo.data.tokenise import TextTokenizer, tokenise
 from paxo.evaluation.report import print_table, write_results
-from paxo.evaluation.self_play import (
-    plot_rounds,
-    policy_figures,
-    preference_figures,
-    wanted_comparisons,
-)
+from paxo.evaluation.self_play import PANELS, plot_rounds
 from paxo.experiment import MeshSettings, ModelSettings
 from paxo.judges.checks import CheckedJudge
 from paxo.loading import Model, load_model
 from paxo.models.heads import HEADS
 from paxo.models.sharding import make_mesh, param_shardings
-from paxo.online import Draw, Drawer, Group, Method, PlayResult, Prompt, RoundSettings, play
+from paxo.online import Drawer, Group, Method, PlayResult, Prompt, RoundSettings, play
 from paxo.online.collect import Judges
 from paxo.online.drawing import padded_size
 from paxo.overrides import SettingsError
-from paxo.rows import everywhere, own_part, place_rows
+from paxo.prompts import PromptSettings, read_prompts
+from paxo.round_evaluation import EvaluationSettings, Evaluator, evaluations
 from paxo.sampling import SamplingConfig
-from paxo.scoring import make_scorer, params_fingerprint
+from paxo.scoring import params_fingerprint
 from paxo.training.checkpoint import Checkpointer, checkpoint_folder
 from paxo.training.optimizers import AdamW
 from paxo.training.writers import make_writer
@@ -52,47 +42,8 @@ from paxo.types import Params
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_SALT = 2**31 - 1
 FEWEST_ROWS = 4  # numbers of rows are multiples of it: each number compiles a step
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptSettings:
-    """Prompts that are answered.
-
-    Attributes:
-        path: JSONL or another source with a column `prompt`; columns of completions (`chosen`,
-            `rejected`; `completions`, `scores`; `completion` or `reference`) come along for methods
-            that train on them or start from them.
-        max_tokens: longer prompts are left out, and counted.
-        max_records: read only so many; None reads all.
-        on_error: "raise" at the first bad row, or "skip" and count.
-    """
-
-    path: str | None = None
-    max_tokens: int = 256
-    max_records: int | None = None
-    on_error: str = "raise"
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """What is measured after a round, on prompts of its own.
-
-    Attributes:
-        num_prompts: prompts set apart; 0 measures nothing.
-        completions: E drawn for each of them; the duality gap's estimate needs 2.
-    """
-
-    num_prompts: int = 64
-    completions: int = 2
-
-    def __post_init__(self):
-        if self.num_prompts < 0 or self.completions < 1:
-            raise ValueError(
-                "evaluation.num_prompts must not be negative and evaluation.completions at least "
-                f"1; got {self.num_prompts} and {self.completions}"
-            )
+GROUP_FIELDS = tuple(field.name for field in dataclasses.fields(Group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,78 +209,6 @@ def run(
     return result
 
 
-def read_prompts(settings: PromptSettings, tokenizer: TextTokenizer) -> list[Prompt]:
-    """Prompts of a source, tokenised as at generation time, with the completions that it has.
-
-    Raises:
-        SettingsError: without a path, or where no prompt is short enough.
-        RecordError: for a bad row, with `on_error="raise"`.
-    """
-    if settings.path is None:
-        raise SettingsError("prompts.path is not set: name prompts, --set prompts.path=...")
-    source, skipped = open_source(settings.path), Skipped(settings.on_error)
-    total = len(source)
-    if settings.max_records is not None:
-        total = min(total, settings.max_records)
-    records: list[Record] = []
-    for i in range(total):
-        with skipped:
-            row, place = source[i]
-            records.append(_prompt_record(row, place, i))
-    skipped.log(logger, total)
-    kept = _tokenised(records, tokenizer, settings)
-    if not kept:
-        raise SettingsError(
-            f"{settings.path}: none of {total} prompts has at most prompts.max_tokens="
-            f"{settings.max_tokens} tokens"
-        )
-    if len(kept) < len(records):
-        logger.info(
-            "left out %d of %d prompts of more than %d tokens",
-            len(records) - len(kept), len(records), settings.max_tokens,
-        )  # fmt: skip
-    return kept
-
-
-def _prompt_record(row: Mapping[str, Any], place: str, index: int) -> Record:
-    """A row with its completions, or its prompt alone."""
-    if isinstance(row, Mapping) and isinstance(row.get("reference"), str):
-        row = {"prompt": row.get("prompt"), "completion": row["reference"]}
-    try:
-        return parse_record(row, place, index=index)
-    except RecordError:
-        if not isinstance(row, Mapping) or row.get("prompt") is None or "chosen" in row:
-            raise
-        return Record(parse_prompt(row["prompt"], place), (), (), {}, place, index)
-
-
-def _tokenised(
-    records: Sequence[Record], tokenizer: TextTokenizer, settings: PromptSettings
-) -> list[Prompt]:
-    answered = [r for r in records if r.completions]
-    limits = TokenLimits(max_prompt=None, max_completion=None)
-    groups = tokenise(answered, tokenizer, limits, on_error="skip").groups if answered else []
-    answers = {group.index: group for group in groups}
-    prompts = []
-    for record in records:
-        ids = np.asarray(tokenizer.encode_prompt(record.prompt), np.int32)
-        if len(ids) > settings.max_tokens:
-            continue
-        group = answers.get(record.index)
-        labels = () if group is None else group.labels
-        order = sorted(range(len(labels)), key=lambda k: -labels[k])  # the best answer first
-        prompts.append(
-            Prompt(
-                ids,
-                int(record.index or 0),
-                tokenizer.prompt_text(record.prompt),
-                tuple(group.completions[k] for k in order),
-                tuple(group.finished[k] for k in order),
-            )
-        )
-    return prompts
-
-
 def make_pack(
     settings: SelfPlay, prompts: Sequence[Prompt], mesh: jax.sharding.Mesh, size: int | None = None
 ) -> Callable[[Sequence[Group]], Any]:
@@ -381,83 +260,6 @@ def make_pack(
 GROUP_FIELDS = tuple(field.name for field in dataclasses.fields(Group))
 
 
-class Evaluator:
-    """Measures the policy of a round on held-out prompts, against the first and the last one."""
-
-    def __init__(self, settings, prompts, drawer, judges: Judges, pack, mesh, first, figures):
-        self.settings, self.prompts, self.drawer, self.judges = settings, prompts, drawer, judges
-        self.pack, self.mesh, self.first, self.figures = pack, mesh, first, figures
-        self.key = jax.random.fold_in(jax.random.key(settings.rounds.seed), EVALUATION_SALT)
-
-    def __call__(self, params: Params, last: Params, number: int) -> dict[str, float]:
-        """Figures of `params` after a round."""
-        num = self.settings.evaluation.completions
-        drawn = [
-            self._drawn(params, jax.random.fold_in(self.key, 2 * number)),
-            self._against,
-            self._drawn(last, jax.random.fold_in(self.key, 2 * number + 1)),
-        ]
-        ours, decode = drawn[0], self.judges.decode
-        shown = [
-            [decode(t.tolist()) for part in drawn for t in part.tokens[b]]
-            for b in range(len(self.prompts))
-        ]
-        asked = [decode(p.ids.tolist()) if p.shown is None else p.shown for p in self.prompts]
-        found = self._policy_figures(params, ours)
-        if self.judges.judge is not None:
-            wanted = wanted_comparisons(num)
-            table = self.judges.ask(lambda: self.judges.judge(asked, shown, wanted=wanted))
-            kept = ~np.isnan(table[:, :, :num]).any((1, 2))
-            if kept.any():
-                found |= preference_figures(np.asarray(table)[kept], num)
-            found["unjudged_prompts"] = float((~kept).sum())
-        own = [row[:num] for row in shown]
-        for name, reward in self.judges.of_policy(params, self.key).rewards.items():
-            rewards = self.judges.ask(lambda reward=reward: np.asarray(reward(asked, own)))
-            found[f"reward/{name}"] = float(np.nanmean(rewards))
-        return found | dict(self.figures(own) if self.figures is not None else {})
-
-    @functools.cached_property
-    def _against(self):
-        """The first policy's completions, drawn once."""
-        return self._drawn(self.first, self.key)
-
-    def _drawn(self, params: Params, key: jax.Array):
-        draw = Draw("policy", self.settings.evaluation.completions, temperature=1.0)
-        return self.drawer(draw, {"policy": params}, self.prompts, key)
-
-    def _policy_figures(self, params: Params, ours) -> dict[str, float]:
-        """KL to the first policy, entropy, lengths: over one completion of each prompt."""
-        groups = [
-            Group(p.ids, (ours.tokens[b][0],), (bool(ours.finished[b, 0]),), (0.0,), {}, b, "")
-            for b, p in enumerate(self.prompts)
-        ]
-        batch = self.pack(groups)
-        rows = place_rows(own_part(batch, self.mesh), self.mesh)
-        of, first = (
-            everywhere(make_scorer(self.drawer.policy, x, mesh=self.mesh)(rows))
-            for x in (params, self.first)
-        )
-        there = np.asarray(batch.where)
-        lengths = np.array([len(t) for row in ours.tokens for t in row])
-        return policy_figures(of[there] - first[there], of[there], lengths, ours.finished)
-
-
-def evaluations(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """The evaluations of a run, over all attempts, read back from its metrics by process 0."""
-    found: list[dict[str, float]] = []
-    if jax.process_index() != 0:
-        return found
-    for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        scores = {k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")}
-        if scores:
-            found.append(
-                {"round": row["round"]} | {k: v for k, v in scores.items() if v is not None}
-            )
-    return found
-
-
 def _plain_group(prompt: Prompt) -> TokenGroup:
     return TokenGroup(prompt.ids, (), (), (), {}, prompt.index, f"prompt {prompt.index}")
 
@@ -476,8 +278,6 @@ def _report(settings, workdir, history, seconds, panels, exact) -> None:
     }
     write_results(workdir / "results.json", results)
     if history:
-        from paxo.evaluation.self_play import PANELS
-
         plot_rounds(workdir / "rounds.png", history, panels=PANELS | panels, exact=exact)
         rows = [
             (title, row[name], _interval(row, name))

@@ -29,6 +29,7 @@ ROWS = (
     (
         {
             *("experiment", "loading", "frozen", "runs", "artifacts", "plan", "cli", "rounds"),
+            *("prompts", "round_evaluation"),
             *("overrides", "provenance", "distributed", "clusters"),
         },
     ),
