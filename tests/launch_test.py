@@ -426,15 +426,18 @@ def started(world, script, *arguments, looks=1):
     """The script in the background, as far as that many looks at its job."""
     looked = lambda: sum("status" in call[-1] for call in world.calls())  # noqa: E731
     wanted = looked() + looks
-    process = subprocess.Popen(
-        ["bash", world.launch / script, *arguments, *MACHINES, "--poll", "1", "--logs",
-         world.folder / "logs", "--", FILE, "--workdir", BUCKET],
-        env=os.environ | {"PATH": f"{world.folder / 'bin'}:{os.environ['PATH']}"},
-        stderr=subprocess.PIPE,
-        # A shell cannot trap what was ignored when it began, as Ctrl-C is for what a script started
-        # in the background.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    # A shell cannot trap what was ignored when it began, as Ctrl-C is in what a script started in the
+    # background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            ["bash", world.launch / script, *arguments, *MACHINES, "--poll", "1", "--logs",
+             world.folder / "logs", "--", FILE, "--workdir", BUCKET],
+            env=os.environ | {"PATH": f"{world.folder / 'bin'}:{os.environ['PATH']}"},
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 30
     while looked() < wanted:
         assert time.monotonic() < deadline
