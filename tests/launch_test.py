@@ -426,8 +426,8 @@ def started(world, script, *arguments, looks=1):
     """The script in the background, as far as that many looks at its job."""
     looked = lambda: sum("status" in call[-1] for call in world.calls())  # noqa: E731
     wanted = looked() + looks
-    # A shell cannot trap what was ignored when it began, as Ctrl-C is in what a script started in the
-    # background.
+    # A shell cannot trap what was ignored when it began, as Ctrl-C is in what a script has started
+    # in the background.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
