@@ -6,7 +6,7 @@
 Guo et al. 2024, arXiv:2402.04792. DPO stands for a reward, and here no reward agrees with the
 judge: the policy goes round. Iterative DPO, whose reference is the last policy, runs off.
 
-On two CPU cores in half a minute: the exact gap is 0.30 on average in the second half of 100 rounds,
+On two CPU cores in half a minute: the exact gap averages 0.30 in the second half of 100 rounds,
 and up to 0.86 (0.159 at the start), while the styles go round. Iterative DPO ends by itself in the
 30s of its rounds: all texts have one style, and a round in which nothing but ties is left is an
 error.
