@@ -30,6 +30,7 @@ import paxo
 from paxo import loading, rounds, runs
 from paxo.data.records import Record
 from paxo.data.tokenise import tokenise
+from paxo.data.tokenizer import save_word_tokenizer
 from paxo.evaluation.report import print_table, write_results
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.games import exact
@@ -241,7 +242,7 @@ def prompt_of(number: int) -> str:
 def first_model(settings: Cyclic, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
     """The decoder after supervised training, which is done once in a run folder."""
     folder = workdir / "tokenizer"
-    from_first(lambda: save_tokenizer(folder))
+    from_first(lambda: save_word_tokenizer(folder, vocabulary()))
     chosen = dataclasses.replace(settings.model, tokenizer=str(folder))
     made = loading.load_model(chosen, mesh, settings.rounds.seed)
     rng = np.random.default_rng([settings.rounds.seed, 1])
@@ -265,25 +266,6 @@ def first_model(settings: Cyclic, workdir: pathlib.Path, mesh: jax.sharding.Mesh
         name="SFT",
     )
     return dataclasses.replace(made, params=sft.params)
-
-
-def save_tokenizer(folder: pathlib.Path) -> None:
-    """A tokenizer that splits at spaces."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
 
 
 def some_prompts(settings: Cyclic, model: Model) -> list[Prompt]:

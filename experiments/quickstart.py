@@ -29,6 +29,7 @@ from paxo.data.batching import Batches
 from paxo.data.packing import RowShape
 from paxo.data.records import Record, TokenGroup
 from paxo.data.tokenise import load_tokenizer, tokenise
+from paxo.data.tokenizer import save_word_tokenizer
 from paxo.evaluation.report import plot_reward_kl, print_table, write_results
 from paxo.evaluation.win_rate import win_rate
 from paxo.experiment import DataSettings, Experiment, ModelSettings, TrainSettings
@@ -207,30 +208,11 @@ def records(settings: Quickstart) -> tuple[list[Record], paxo.data.tokenizer.Tex
     import tempfile
 
     folder = pathlib.Path(tempfile.mkdtemp())
-    save_tokenizer(folder)
+    save_word_tokenizer(folder, vocabulary())
     return reviews(settings), load_tokenizer(folder)
 
 
 # --- models, samples, pairs -------------------------------------------------------------------
-
-
-def save_tokenizer(folder: pathlib.Path) -> None:
-    """A tokenizer that splits at spaces."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(vocabulary())}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    ).save_pretrained(folder)
 
 
 def make_model(
@@ -238,7 +220,7 @@ def make_model(
 ) -> loading.Model:
     """The decoder with random parameters, and the word tokenizer."""
     folder = workdir / "tokenizer"
-    save_tokenizer(folder)
+    save_word_tokenizer(folder, vocabulary())
     model = dataclasses.replace(settings.model, tokenizer=str(folder))
     made = loading.load_model(model, mesh, settings.train.seed)
     prompts = tokenise(reviews(settings)[:4], made.tokenizer).groups
