@@ -30,6 +30,7 @@ REQUIRES = [
     "scipy>=1.13",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.8",
+    "tokenizers>=0.21",
     "transformers>=5",
 ]
 
