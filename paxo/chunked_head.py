@@ -79,10 +79,12 @@ def to_states(d_logits: Array, head: Array, by_token: bool) -> Array:
 def to_head(states: Array, d_logits: Array, by_token: bool) -> Array:
     """The gradient of the head, float32, summed over all positions."""
     positions = tuple(range(states.ndim - 1))
-    pair = (d_logits, states) if by_token else (states, d_logits)
-    return jax.lax.dot_general(
-        *pair, ((positions, positions), ((), ())), preferred_element_type=jnp.float32
+    # `[D, V]` at first, also by token: XLA on CPU transposes the first operand, and the states are
+    # narrower than the logits.
+    gradient = jax.lax.dot_general(
+        states, d_logits, ((positions, positions), ((), ())), preferred_element_type=jnp.float32
     )
+    return gradient.T if by_token else gradient
 
 
 def _hit(targets: Array, vocabulary: int) -> Array:

@@ -4,8 +4,9 @@ Shapes in names: B rows or prompts, T tokens, G key-value heads, Q query heads a
 H head width, D residual width, F width of the SwiGLU.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -46,8 +47,42 @@ class Weight(nnx.Module):
         )
 
     def _product(self, x: Array, kernel: Array, inputs: int) -> Array:
-        over = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
-        return jax.lax.dot_general(x, kernel.astype(self.dtype), (over, ((), ())))
+        return product(inputs, x, kernel.astype(self.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(inputs: int, x: Array, kernel: Array) -> Array:
+    """Contracts the last `inputs` axes of `x` with the first of `kernel`.
+
+    The kernel's gradient sums over tokens, which XLA on CPU begins by transposing the first
+    operand: here that is the narrower one, where JAX takes the output's gradient always.
+
+    >>> product(1, jnp.ones((4, 2)), jnp.ones((2, 3))).shape
+    (4, 3)
+    """
+    return _contracted(x, kernel, range(x.ndim - inputs, x.ndim), range(inputs))
+
+
+def _contracted(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> Array:
+    return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())))
+
+
+def _forward(inputs: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(inputs, x, kernel), (x, kernel)
+
+
+def _backward(inputs: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    outputs = kernel.ndim - inputs
+    tokens = range(x.ndim - inputs)
+    dx = _contracted(dy, kernel, range(dy.ndim - outputs, dy.ndim), range(inputs, kernel.ndim))
+    if x.size <= dy.size:
+        return dx, _contracted(x, dy, tokens, tokens)
+    transposed = _contracted(dy, x, tokens, tokens)
+    return dx, jnp.moveaxis(transposed, range(outputs), range(inputs, kernel.ndim))
+
+
+product.defvjp(_forward, _backward)
 
 
 class RMSNorm(nnx.Module):

@@ -81,6 +81,7 @@ def value_and_gradient(
         d_head, value = totals
         own_hidden, own_batch = rows
         own_value, (d_hidden, *own_d_head) = of_rows(own_hidden, *head, own_batch)
+        own_d_head = _by_width(*own_d_head)
         return jax.tree.map(_added, (d_head, value), (own_d_head, own_value)), d_hidden
 
     split_rows = split((hidden, batch))
@@ -89,10 +90,18 @@ def value_and_gradient(
     zeros = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree
     )
-    (d_head, value), d_hidden = jax.lax.scan(add, (zeros(head), zeros(shapes)), split_rows)
+    start = zeros(jax.eval_shape(_by_width, *head)), zeros(shapes)
+    ((d_matrix, d_heads), value), d_hidden = jax.lax.scan(add, start, split_rows)
     d_hidden = jnp.swapaxes(d_hidden, 0, 1).reshape(hidden.shape)
+    by_token = head[0].by_token
+    d_head = [scoring.Head(d_matrix.T if by_token else d_matrix, by_token), d_heads]
     d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)
     return value, back((d_hidden, *d_head))[0]
+
+
+def _by_width(head: scoring.Head, heads: Any) -> tuple[Array, Any]:
+    """The head as `[D, V]`, in which its gradient is computed; turned once, behind the last rows."""
+    return head.matrix.T if head.by_token else head.matrix, heads
 
 
 def _added(total: Array, x: Array) -> Array:
