@@ -83,7 +83,9 @@ def measured(common: Any, workload: Any, groups: Sequence[Any], layout: str, opt
     import jax
     import jax.numpy as jnp
 
-    from paxo.data.packing import choose_shape, pack_groups, pad_rows
+    from paxo.data.packing import pack_groups, pad_rows
+    from paxo.experiment import DataSettings
+    from paxo.loading import row_shape
     from paxo.models.policy import make_policy
     from paxo.objectives import objective
     from paxo.training.optimizers import adamw
@@ -96,7 +98,7 @@ def measured(common: Any, workload: Any, groups: Sequence[Any], layout: str, opt
     goal = objective("plackett_luce" if layout == "lists" else "dpo", beta=0.1)
     optimizer = adamw(1e-5, weight_decay=0.0, max_grad_norm=None).build()
     state = init_state(weights, goal, optimizer, jax.random.key(0))
-    shape = choose_shape(groups, width=workload["hidden"])
+    shape = row_shape(groups, DataSettings(), config)
     whole, _ = pack_groups(groups, shape)
     rows = min(len(whole.tokens), max(1, 4096 // shape.length))
     whole = pad_rows(whole, -(-len(whole.tokens) // rows) * rows)

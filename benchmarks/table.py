@@ -192,7 +192,7 @@ ROWS = {
     "lists": Row(
         {
             "K=4": _paxo("lists", "--data", "lists_gsm8k_solutions"),
-            "K=9": _paxo("lists", "--data", "lists_alpaca_eval"),
+            "K=9": _paxo("lists", "--data", "lists_alpaca_eval", "--lists", "4"),
         },
         [
             Figure("lists, K=4: speed over own pairs", entry("times_pairs"), "K=4", goal=1.5),

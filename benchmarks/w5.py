@@ -74,9 +74,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", default="W1", choices=("W1", "W2"), help="whose model")
     parser.add_argument("--rows", type=int, default=3, help="rows of a step")
     parser.add_argument(
-        "--row-length", type=int, default=1024,
-        help="tokens of a row (default: 1024, which fills the scored slots best)",
-    )  # fmt: skip
+        "--row-length", type=int, help="tokens of a row (default: as a run chooses)"
+    )
     parser.add_argument("--pairs", type=int, help="use only the first of the set")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=1)
@@ -88,7 +87,8 @@ def prepare(common: Any, workload: Any, options: Any) -> tuple:
     import jax
 
     from paxo.data.batching import Batches
-    from paxo.data.packing import choose_shape
+    from paxo.experiment import DataSettings
+    from paxo.loading import row_shape
     from paxo.models.policy import make_policy
     from paxo.models.sharding import make_mesh, param_shardings
     from paxo.objectives import objective
@@ -98,8 +98,8 @@ def prepare(common: Any, workload: Any, options: Any) -> tuple:
     from paxo.training.step import compile_step, make_train_step
 
     groups = groups_of(DATA, workload["vocab"], options.pairs)
-    shape = choose_shape(groups, row_length=options.row_length, width=workload["hidden"])
     config = model_config(common, workload)
+    shape = row_shape(groups, DataSettings(row_length=options.row_length), config)
     policy, mesh = make_policy(config), make_mesh(devices=jax.devices()[:1])
     weights = params(config, common.make_params(workload))
     placed = param_shardings(policy.logical_axes, weights, mesh)

@@ -201,13 +201,15 @@ def row_shape(
     config: ModelConfig,
     mismatch: Mismatch | None = None,
 ) -> RowShape:
-    """The shape of the rows for these groups."""
+    """The shape of rows for these groups, the same on every machine: a run may go on elsewhere."""
+    layers = sum(x.size for x in jax.tree.leaves(param_shapes(config)["layers"]))
     return choose_shape(
         groups,
         row_length=settings.row_length,
         slots=settings.slots,
         window=settings.window,
-        width=config.hidden_size,
+        slot_weight=config.hidden_size * config.vocab_size / layers,
+        width=config.hidden_size if config.attention in ("dense", "cudnn") else None,
         mismatch=mismatch,
     )
 

@@ -24,6 +24,7 @@ COMFORT, LIMIT = (
     (1.08, 1.42),
     (1.10, 1.50),
 )  # overhead in positions, in slots; the sample is not the set
+TIE = 1.03  # a cost relative to the least that is as good
 WAY_OUT = {
     "length": "raise row_length, or cut or drop long records with TokenLimits",
     "slots": "raise slots, or cut or drop long completions with TokenLimits",
@@ -209,23 +210,27 @@ def choose_shape(
     row_length: int | None = None,
     slots: int | None = None,
     window: int = 256,
-    width: int = 1024,
     slot_weight: float = 0.25,
+    width: int | None = None,
     mismatch: Mismatch | None = None,
 ) -> RowShape:
-    """The row shape that packs these groups at the least cost, found by packing some of them.
+    """The shortest row that packs these groups at about the least cost, by packing some of them.
 
-    The cost of a row is `L + slot_weight * S + L**2 / (6 * width)`, in token positions: the trunk,
-    the head at the scored slots, and attention, dense within a row. Shapes that compute at most
-    1.10 times the needed positions and 1.5 times the needed slots come before all others.
+    The cost of a row is `L + slot_weight * S`, in token positions: the trunk, and the head at the
+    scored slots. Attention within each group alone costs the same in any row; where it is dense it
+    adds `L**2 / (6 * width)`. Shapes that compute at most 1.10 times the needed positions and 1.5
+    times the needed slots come before all others. Costs up to 3 % above the least are as good:
+    short rows hold fewer logits, and a batch of them can be of more sizes.
 
     Args:
         groups: the set; its longest group fits in a row.
         row_length: L, where it is given; the longest group must fit in it.
         slots: S, where it is given.
         window: groups that are packed together.
-        width: D of the model that the rows are for: narrow models want short rows.
-        slot_weight: cost of the head at one slot relative to the trunk at one position.
+        slot_weight: cost of the head at one slot relative to the trunk at one position, D * V by
+            the parameters of all layers.
+        width: D of the model, where it computes the scores of all pairs of a row's tokens: narrow
+            models then want short rows.
         mismatch: leave room for a mismatched completion in each group.
     """
     sizes = typical = group_sizes(groups)
@@ -246,7 +251,9 @@ def choose_shape(
         breaches = sum(
             found.positions > bound[0] or found.slots > bound[1] for bound in (COMFORT, LIMIT)
         )
-        row = shape.length + slot_weight * shape.slots + shape.length**2 / (6 * width)
+        row = shape.length + slot_weight * shape.slots
+        if width is not None:
+            row += shape.length**2 / (6 * width)
         return breaches, found.rows * row
 
     least = max(int(sizes.tokens.max()), slots or 1)
@@ -258,7 +265,12 @@ def choose_shape(
         for length in lengths
         for number in (_candidate_slots(length, ratio, most) if slots is None else [slots])
     ]
-    best = min(shapes, key=cost)
+    costs = {shape: cost(shape) for shape in shapes}
+    breaches, least_cost = min(costs.values())
+    best = min(
+        (shape for shape, (n, c) in costs.items() if n == breaches and c <= TIE * least_cost),
+        key=lambda shape: (shape.length, costs[shape]),
+    )
     # Room for as many groups as any row of the sample held, so that G practically never binds.
     fullest = max(len(row) for rows in _packed(sample, best, window) for row in rows)
     best = dataclasses.replace(best, groups=_round_up(fullest, 4))

@@ -115,9 +115,29 @@ def test_given_sizes_are_kept():
     assert choose_shape(groups, slots=512).slots == 512
 
 
-def test_narrow_models_get_shorter_rows():
+def test_dense_attention_of_a_narrow_model_wants_shorter_rows():
     groups = pairs(600)
-    assert choose_shape(groups, width=64).length < choose_shape(groups, width=65536).length
+    found = [choose_shape(groups, slot_weight=2.0, width=width).length for width in (64, None)]
+    assert found[0] < found[1]
+
+
+def test_a_costly_head_wants_slots_that_are_filled():
+    groups = pairs(600)
+    sizes = group_sizes(groups)
+    cheap, costly = (
+        packing_overhead(sizes, choose_shape(groups, slot_weight=weight)) for weight in (0.02, 2.0)
+    )
+    assert costly.slots < cheap.slots
+
+
+def test_of_rows_that_cost_about_the_same_the_shortest_is_taken():
+    # A group of 125 tokens leaves 3 of 128, and three of them 9 of 384, where a group of 8 fits.
+    groups = [sized_group(1, 62, 62)] * 60 + [sized_group(1, 3, 4)] * 10
+    sizes = group_sizes(groups)
+    computed = [packing_overhead(sizes, RowShape(n, n, 70, 2, 62)).rows * n for n in (128, 384)]
+    assert computed == [61 * 128, 20 * 384]
+    shape = choose_shape(groups)
+    assert (shape.length, shape.slots) == (128, 128)
 
 
 def test_bounds_on_padding_come_before_cost():

@@ -81,4 +81,5 @@ def test_one_pass_holds_the_head_once_beside_its_gradient(monkeypatch):
     peak, largest = compiled_step(2, vocabulary, width)
     assert largest == vocabulary * width  # the head, its gradient, and no logits of both rows
     logits = LENGTH * vocabulary * 4
-    assert peak < 2.5 * vocabulary * width * 4 + 2.5 * logits
+    # The gradient, a row's logits and their gradient; a head that is transposed needs 2 MB more.
+    assert peak < 1.25 * vocabulary * width * 4 + 2.25 * logits
