@@ -13,10 +13,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from paxo.data.batching import Batches, epoch_batches
 from paxo.data.limits import TokenLimits
 from paxo.data.packing import choose_shape
-from paxo.data.records import Record, TokenGroup
+from paxo.data.records import Skipped, TokenGroup
 from paxo.data.row_shape import RowShape
-from paxo.data.sources import load_records
-from paxo.data.tokenise import TextTokenizer, TokenisedSet, load_tokenizer, tokenise
+from paxo.data.sources import check_any, open_source, read_range
+from paxo.data.tokenise import (
+    TextTokenizer,
+    TokenisedPart,
+    TokenisedSet,
+    joined,
+    load_tokenizer,
+    tokenise_part,
+)
 from paxo.data.unpaired import Mismatch, signed
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.models.config import LoraSettings, ModelConfig
@@ -27,7 +34,7 @@ from paxo.models.pretrained import load_params, read_config, resolve_model
 from paxo.models.sharding import param_shardings
 from paxo.objectives import Objective
 from paxo.overrides import SettingsError
-from paxo.rows import RowShare, row_share
+from paxo.rows import RowShare, from_each, row_share
 from paxo.types import Params, Policy, PreferenceBatch
 
 logger = logging.getLogger(__name__)
@@ -142,11 +149,10 @@ def load_data(settings: DataSettings, model: Model, objective: Objective | None 
         model: its tokenizer, positions and vocabulary count.
         objective: makes signs of the labels and asks for mismatched completions, if it needs them.
     """
-    _, tokenised = read_data(settings, model.tokenizer, model.config)
-    groups = tokenised.groups
+    groups = read_data(settings, model.tokenizer, model.config).groups
     if settings.heldout_path is not None:
         other = dataclasses.replace(settings, path=settings.heldout_path)
-        heldout = read_data(other, model.tokenizer, model.config)[1].groups
+        heldout = read_data(other, model.tokenizer, model.config).groups
     else:
         heldout = [g for g in groups if _share(g) < settings.heldout]
         groups = [g for g in groups if _share(g) >= settings.heldout]
@@ -170,19 +176,33 @@ def mismatch_of(
 
 def read_data(
     settings: DataSettings, tokenizer: TextTokenizer, config: ModelConfig
-) -> tuple[list[Record], TokenisedSet]:
-    """Records of `settings.path` and their tokens, within the model's positions and vocabulary."""
+) -> TokenisedSet:
+    """The tokens of `settings.path`, within the model's positions and vocabulary.
+
+    Each process parses and tokenises a range of the rows of its own, and gets the tokens of the
+    others: each of them must call this, and all have the same set.
+
+    Raises:
+        DataError: as of `load_records` and `tokenise`, on all processes what the first one found.
+    """
     if settings.path is None:
         raise SettingsError("data.path is not set: name a data set, --set data.path=...")
-    records, _ = load_records(
-        settings.path,
-        on_error=settings.on_error,
-        extras=settings.extras,
-        limit=settings.max_records,
-    )
-    return records, tokenise(
-        records, tokenizer, token_limits(settings, config), on_error=settings.on_error
-    )
+    limits, on_error = token_limits(settings, config), settings.on_error
+
+    def own() -> tuple[str, int, Skipped, TokenisedPart]:
+        source = open_source(settings.path)
+        total = len(source) if settings.max_records is None else settings.max_records
+        total = min(total, len(source))
+        index, count = jax.process_index(), jax.process_count()
+        rows = range(index * total // count, (index + 1) * total // count)
+        records, skipped = read_range(source, rows, on_error=on_error, extras=settings.extras)
+        part = tokenise_part(records, tokenizer, limits, on_error=on_error)
+        return source.name, total, skipped, part
+
+    names, totals, skipped, parts = zip(*from_each(own))
+    records = sum(part.records for part in parts)
+    check_any(names[0], records, totals[0], Skipped.joined(skipped))
+    return joined(parts, limits)
 
 
 def token_limits(settings: DataSettings, config: ModelConfig) -> TokenLimits:

@@ -3,7 +3,7 @@
 Every process reads, packs and judges the rows of its own devices alone. The global array is put
 together of what each has (`place_rows`); what is computed from it comes back either as a process's
 own rows (`own_rows`) or whole, on all of them (`everywhere`). What the processes have on their
-hosts is put together by `from_all`.
+hosts is put together by `from_all`, what they were told to do each by `from_each`.
 """
 
 import pickle
@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 ROWS = PartitionSpec(("data", "fsdp"))
+GATHERED_BYTES = 1 << 26  # what `from_each` holds on a device at a time
 
 
 class RowShare(NamedTuple):
@@ -124,15 +125,48 @@ def from_first(call: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return call()
-    told = b""
-    if jax.process_index() == 0:
-        try:
-            told = pickle.dumps((True, call()))
-        except Exception as error:
-            told = pickle.dumps((False, error))
+    told = _outcome(call) if jax.process_index() == 0 else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
     data = np.frombuffer(told.ljust(size, b"\0"), np.uint8)
-    good, value = pickle.loads(multihost_utils.broadcast_one_to_all(data).tobytes())
+    return _value(multihost_utils.broadcast_one_to_all(data).tobytes())
+
+
+def from_each(call: Callable[[], Any]) -> list[Any]:
+    """What a call gives on each process, in their order, on all of them; each must call this.
+
+    For work on the host that is shared out. The values are pickled.
+
+    Raises:
+        Exception: what the call raised on the first process on which it raised, on every process.
+
+    >>> from_each(lambda: {"records": 3})
+    [{'records': 3}]
+    """
+    count = jax.process_count()
+    if count == 1:
+        return [call()]
+    told = _outcome(call)
+    piece = max(GATHERED_BYTES // count, 1)
+    sizes = multihost_utils.process_allgather(np.array(divmod(len(told), piece), np.int32))
+    sizes = [int(pieces) * piece + int(rest) for pieces, rest in sizes]
+    parts = []
+    for start in range(0, max(sizes), piece):
+        data = np.frombuffer(told[start : start + piece].ljust(piece, b"\0"), np.uint8)
+        parts.append(multihost_utils.process_allgather(data))
+    whole = np.concatenate(parts, axis=1)
+    return [_value(row[:size].tobytes()) for row, size in zip(whole, sizes)]
+
+
+def _outcome(call: Callable[[], Any]) -> bytes:
+    """What a call returns or raises, pickled."""
+    try:
+        return pickle.dumps((True, call()))
+    except Exception as error:
+        return pickle.dumps((False, error))
+
+
+def _value(told: bytes) -> Any:
+    good, value = pickle.loads(told)
     if not good:
         raise value
     return value

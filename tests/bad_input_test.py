@@ -132,7 +132,7 @@ def test_skip_counts_every_bad_row_by_its_reason(file, tmp_path, caplog):
     settings = experiment.settings_of(experiment.load(file), [f"data.path={data}", *STRICT])
     model = loading.load_model(settings.model, make_mesh())
     with caplog.at_level("WARNING", logger="paxo"):
-        _, tokenised = loading.read_data(settings.data, model.tokenizer, model.config)
+        tokenised = loading.read_data(settings.data, model.tokenizer, model.config)
     assert len(tokenised.groups) == 4
     assert sorted(message.split(": ")[1].split(" (")[0] for message in caplog.messages) == sorted(
         BAD_ROWS

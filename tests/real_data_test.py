@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from paxo import experiment, loading
+from paxo.data.sources import load_records
 from paxo.models.pretrained import load_params, read_config
 from paxo.models.sharding import make_mesh
 from tests.made_run import PROJECT, metrics, paxo, paxo_process, results, weights
@@ -105,7 +106,8 @@ def tokens_of(shared_data, path, on_error="skip"):
          f"model.path={shared_data / 'model_stories260k'}"],
     )  # fmt: skip
     model = loading.load_model(settings.model, make_mesh())
-    records, tokenised = loading.read_data(settings.data, model.tokenizer, model.config)
+    tokenised = loading.read_data(settings.data, model.tokenizer, model.config)
+    records, _ = load_records(path, on_error=on_error, limit=300)
     return model.tokenizer, records, tokenised.groups
 
 
@@ -144,7 +146,7 @@ def test_the_four_empty_replies_are_counted_and_left_out(shared_data, caplog):
         if not row["chosen"][0]["content"].strip() or not row["rejected"][0]["content"].strip()
     ]  # fmt: skip
     with caplog.at_level("WARNING", logger="paxo"):
-        records, skipped = loading.load_records(file, on_error="skip")
+        records, skipped = load_records(file, on_error="skip")
     assert skipped["empty completion"] == len(empty)
     assert f"empty completion ({file}:{empty[0]})" in caplog.text
     assert len(records) == len(rows) - sum(skipped.values())

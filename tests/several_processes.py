@@ -13,10 +13,14 @@ import sys
 import jax
 import numpy as np
 
-from paxo import distributed, provenance
+from paxo import distributed, loading, provenance
 from paxo.data.batching import epoch_batches
 from paxo.data.packing import choose_shape
+from paxo.data.records import RecordError
+from paxo.data.tokenise import load_tokenizer
 from paxo.evaluation.heldout import nll_per_token, reward_accuracy
+from paxo.experiment import DataSettings
+from paxo.models.pretrained import read_config
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.rows import everywhere, from_all, place_rows, row_share
 from paxo.sampling import SamplingConfig, make_sampler
@@ -25,6 +29,7 @@ from paxo.training.checkpoint import Checkpointer
 from paxo.training.writers import make_writer
 from paxo.types import PromptBatch
 from tests.made import made_groups, tiny_policy
+from tests.made_run import TEMPLATE
 from tests.training.placed import step_on
 
 PROCESSES = 2
@@ -105,6 +110,37 @@ def logged(folder):
     print("printed by process", jax.process_index())
 
 
+def data_of(folder):
+    """Groups of a data set, and how many prompts this process encoded for them."""
+    tokenizer = load_tokenizer(folder / "model", chat_template=TEMPLATE)
+    config = read_config(folder / "model")
+    counted, encode = [], tokenizer.encode
+    object.__setattr__(
+        tokenizer, "encode", lambda texts: counted.append(len(texts)) or encode(texts)
+    )
+    settings = DataSettings(path=str(folder / "data.jsonl"), on_error="skip")
+    found = loading.read_data(settings, tokenizer, config)
+    # Prompts are encoded in one call a block, then the texts of prompt and completion.
+    return [(g.source, g.index, g.prompt, g.completions) for g in found.groups], (
+        found.counts,
+        found.skipped,
+        counted[:1],
+    )
+
+
+def fails_on_last(folder):
+    """What each process says of a record that only the last one reads."""
+    try:
+        loading.from_each(lambda: fail_at(jax.process_index()))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def fail_at(process):
+    if process == PROCESSES - 1:
+        raise RecordError("a:3", "x", expected="y", got="z", way_out="-", reason="wrong type")
+
+
 def fails_on_first(folder):
     """What each process says of a folder that process 0 cannot make."""
     try:
@@ -129,6 +165,8 @@ def main(coordinator, process, folder, *names):
         "restored": everywhere(saved_and_restored(folder / "ckpt", mesh, make_mesh(1, 4, 2))),
         "together": from_all(np.arange(3 * process + 1) + 10 * process, mesh),
         "failure": fails_on_first(folder),
+        "data": data_of(folder),
+        "last failure": fails_on_last(folder),
     }
     logged(folder / "run")
     (folder / f"{process}.pickle").write_bytes(pickle.dumps(found))

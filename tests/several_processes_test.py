@@ -17,7 +17,7 @@ from paxo.models.sharding import make_mesh
 from tests import several_processes
 from tests.compiling import quick_compiles  # noqa: F401
 from tests.made import tiny_policy
-from tests.made_run import PROJECT, make_model, metrics, paxo, results, write_experiment
+from tests.made_run import PROJECT, SAMPLES, make_model, metrics, paxo, results, write_experiment
 from tests.training.placed import PUBLISHED, assert_same_step, step_on
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -75,6 +75,9 @@ def run_pair(command, folder, until=None, stop=lambda process: process.kill(), *
 
 
 def found_by_pair(folder, *names):
+    make_model(folder / "model")
+    rows = (SAMPLES / "pairs.jsonl").read_text().splitlines()
+    (folder / "data.jsonl").write_text("\n".join([*rows, "{", *rows, "[]"]) + "\n")
     worker = ["-m", "tests.several_processes", "127.0.0.1:{port}", "{process}", str(folder), *names]
     outputs = run_pair(worker, folder)
     assert [code for code, *_ in outputs] == [0, 0], "\n".join(error for *_, error in outputs)
@@ -148,6 +151,23 @@ def test_only_process_0_writes_prints_and_logs(pair):
     assert "printed" not in others[0]
     # Errors are the exception.
     assert "from process 1" in others[1]
+
+
+def test_each_process_tokenises_a_range_of_its_own_and_has_all(pair):
+    folder, results, _ = pair
+    whole, (counts, skipped, (alone,)) = several_processes.data_of(folder)
+    read = [found["data"][1][2][0] for found in results]
+    assert sum(read) == alone
+    assert max(read) <= alone / 2 + 1
+    for groups, told in (found["data"] for found in results):
+        assert told[:2] == (counts, skipped)
+        jax.tree.map(np.testing.assert_array_equal, groups, whole)
+
+
+def test_an_error_in_the_data_of_one_process_is_that_of_all(pair):
+    _, results, _ = pair
+    wanted = "RecordError: a:3: field 'x': expected y, got z; -"
+    assert [found["last failure"] for found in results] == [wanted] * 2
 
 
 def test_a_failure_of_process_0_is_that_of_all(pair):

@@ -7,7 +7,7 @@ out of the columns that data sets come in.
 import dataclasses
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,16 @@ ROLES = ("system", "user", "assistant", "tool")
 
 class DataError(ValueError):
     """A data set cannot be read; the text is one line that names the way out."""
+
+    def __reduce__(self):
+        # Pickled as it is, for other processes: subclasses are not made from their text.
+        return _made, (type(self), str(self), vars(self))
+
+
+def _made(kind: type[DataError], text: str, attributes: dict[str, Any]) -> DataError:
+    error = kind.__new__(kind, text)
+    error.__dict__.update(attributes)
+    return error
 
 
 class RecordError(DataError):
@@ -196,6 +206,16 @@ class Skipped:
         self.counts[error.reason] = self.counts.get(error.reason, 0) + 1
         self._first.setdefault(error.reason, error)
         return True
+
+    @classmethod
+    def joined(cls, parts: Iterable["Skipped"]) -> "Skipped":
+        """The counts of all parts of a set, which follow one another."""
+        whole = cls("skip")
+        for part in parts:
+            for reason, count in part.counts.items():
+                whole.counts[reason] = whole.counts.get(reason, 0) + count
+            whole._first |= part._first | whole._first
+        return whole
 
     def log(self, logger: logging.Logger, total: int) -> None:
         """One line for each reason, with the place of the first such record."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from paxo.data.layouts import parse_record
-from paxo.data.records import DataError, Record, RecordError, Skipped
+from paxo.data.records import DataError, Record, RecordError, Skipped, check_choice
 
 LOG = logging.getLogger(__name__)
 STEMS = ("pairs", "lists", "unpaired", "sft", "train")
@@ -105,31 +105,65 @@ def load_records(
         RecordError: a row is bad and `on_error` is "raise".
         DataError: the source cannot be read, or holds no good row.
     """
-    skipped = Skipped(on_error)
+    check_choice("on_error", on_error, ("raise", "skip"))
     source = open_source(path)
     total = len(source) if limit is None else min(limit, len(source))
-    records: list[Record] = []
-    for i in range(total):
-        with skipped:
-            row, place = source[i]
-            record = parse_record(row, place, extras=extras, index=i)
-            _check_same_extras(record, records)
-            records.append(record)
-    skipped.log(LOG, total)
-    if not records:
-        first = skipped.first_error()
-        raise DataError(f"{source.name}: no usable record in {total} rows; first error: {first}")
+    records, skipped = read_range(source, range(total), on_error=on_error, extras=extras)
+    check_any(source.name, len(records), total, skipped)
     return records, skipped.counts
 
 
-def _check_same_extras(record: Record, earlier: Sequence[Record]) -> None:
+def read_range(
+    source: Source, rows: range, *, on_error: str = "raise", extras: Sequence[str] = ()
+) -> tuple[list[Record], Skipped]:
+    """The records of a range of rows, maybe none, as they are among all records of the source.
+
+    Args:
+        source: from `open_source`.
+        rows: their numbers.
+        on_error: as for `load_records`.
+        extras: the same.
+
+    Raises:
+        RecordError: a row is bad and `on_error` is "raise".
+    """
+    skipped = Skipped(on_error)
+    first = _first_record(source, rows.start, on_error, extras)
+    records: list[Record] = []
+    for i in rows:
+        with skipped:
+            row, place = source[i]
+            record = parse_record(row, place, extras=extras, index=i)
+            first = first or record
+            _check_same_extras(record, first)
+            records.append(record)
+    return records, skipped
+
+
+def check_any(name: str, records: int, total: int, skipped: Skipped) -> None:
+    """Logs what was skipped of `total` rows; a DataError if no record is left."""
+    skipped.log(LOG, total)
+    if not records:
+        first = skipped.first_error()
+        raise DataError(f"{name}: no usable record in {total} rows; first error: {first}")
+
+
+def _first_record(source: Source, end: int, on_error: str, extras: Sequence[str]) -> Record | None:
+    """The first good record before row `end`, which says what extras all records have."""
+    for i in range(end):
+        with Skipped(on_error):
+            return parse_record(*source[i], extras=extras, index=i)
+    return None
+
+
+def _check_same_extras(record: Record, first: Record) -> None:
     # A batch has one array for each extra: a record without it would have to be made up.
-    if earlier and record.extras.keys() != earlier[0].extras.keys():
-        field = sorted(record.extras.keys() ^ earlier[0].extras.keys())[0]
+    if record.extras.keys() != first.extras.keys():
+        field = sorted(record.extras.keys() ^ first.extras.keys())[0]
         raise RecordError(
             record.source,
             field,
-            expected=f"a value in all records or in none ({earlier[0].source})",
+            expected=f"a value in all records or in none ({first.source})",
             got="a value" if field in record.extras else "none",
             way_out="complete the column or remove it",
             reason=f"extra column {field} not in all records",

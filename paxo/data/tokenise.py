@@ -8,14 +8,12 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from paxo.data.limits import Dropped, TokenLimits, fit
 from paxo.data.records import (
-    DataError,
     Message,
     Record,
     RecordError,
@@ -27,32 +25,12 @@ from paxo.data.records import (
     is_ids,
     plain_text,
 )
+from paxo.data.tokenised import TokenisedPart, TokenisedSet, joined
 from paxo.data.tokenizer import TextTokenizer, load_tokenizer
 
 __all__ = ["TextTokenizer", "TokenLimits", "TokenisedSet", "load_tokenizer", "tokenise"]
 
-LOG = logging.getLogger(__name__)
 BLOCK = 512  # records whose texts are encoded in one call
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenisedSet:
-    """Token groups, and counts of what happened on the way.
-
-    Attributes:
-        groups: one for each record that is left, in order.
-        counts: `records` that came in; and over those left: `completions`, `prompts_cut`,
-            `completions_cut`, `boundary_retokenised` (completions tokenised apart from their
-            prompt), `eos_text_removed` (an EOS written out at the end of a text),
-            `first_token_unscored` (plain text under a tokenizer without BOS).
-        dropped: reason -> records left out by a policy of `TokenLimits`.
-        skipped: reason -> bad records left out by `on_error="skip"`.
-    """
-
-    groups: list[TokenGroup]
-    counts: dict[str, int]
-    dropped: dict[str, int]
-    skipped: dict[str, int]
 
 
 def tokenise(
@@ -75,6 +53,17 @@ def tokenise(
         DataError: no record is left.
     """
     limits = limits or TokenLimits()
+    return joined([tokenise_part(records, tokenizer, limits, on_error=on_error)], limits)
+
+
+def tokenise_part(
+    records: Sequence[Record], tokenizer: TextTokenizer, limits: TokenLimits, *, on_error: str
+) -> TokenisedPart:
+    """Tokenises a part of a set, as `tokenise` does the whole.
+
+    Raises:
+        RecordError: a record cannot be tokenised or is too long, and `on_error` is "raise".
+    """
     skipped = Skipped(on_error)
     counts: collections.Counter = collections.Counter()
     dropped: dict[str, list[str]] = {}
@@ -97,13 +86,7 @@ def tokenise(
                     dropped.setdefault(str(reason), []).append(group.source)
                     continue
                 counts.update(draft.notes, **_cuts(group, groups[-1]))
-    skipped.log(LOG, len(records))
-    _log(len(records), counts, dropped, limits)
-    if not groups:
-        first = skipped.first_error() or next(iter(dropped), "there was none to begin with")
-        raise DataError(f"none of {len(records)} records is left after tokenising; first: {first}")
-    numbers = {reason: len(places) for reason, places in dropped.items()}
-    return TokenisedSet(groups, {"records": len(records), **counts}, numbers, skipped.counts)
+    return TokenisedPart(groups, len(records), counts, dropped, skipped)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,23 +302,3 @@ def _error(
     return RecordError(
         record.source, field, expected=expected, got=got, way_out=way_out, reason=reason
     )
-
-
-def _log(
-    total: int, counts: collections.Counter, dropped: dict[str, list[str]], limits: TokenLimits
-) -> None:
-    for reason, places in dropped.items():
-        LOG.warning("dropped %d of %d records: %s (%s)", len(places), total, reason, places[0])
-    within = "" if limits.max_sequence is None else f", {limits.max_sequence} with the other part"
-    for name, text in (
-        ("prompts_cut", f"cut %d prompts to their last {limits.max_prompt or ''} tokens{within}"),
-        (
-            "completions_cut",
-            f"cut %d completions to their first {limits.max_completion or ''} tokens{within}",
-        ),
-        ("eos_text_removed", "removed the EOS written in the text of %d completions"),
-        ("first_token_unscored", "%d texts have no BOS: their first token is not scored"),
-        ("boundary_retokenised", "tokenised %d completions apart from their prompts"),
-    ):
-        if counts[name]:
-            LOG.info(text.replace("  ", " "), counts[name])
