@@ -13,7 +13,7 @@ PROJECT = pathlib.Path(__file__).resolve().parent.parent
 
 # A module imports from rows above its own, and from its own group within a row.
 ROWS = (
-    ({"types", "numerics", "rows"},),
+    ({"types", "numerics", "rows", "lazy"},),
     ({"losses"},),
     ({"objectives", "metrics"}, {"models"}, {"data"}, {"judges"}),
     (
@@ -184,3 +184,26 @@ assert dict(os.environ) == before
         env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
+
+
+def test_the_losses_load_little_beside_jax():
+    script = """
+import sys
+import jax, jax.numpy
+before = set(sys.modules)
+import paxo.losses
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+"""
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT, check=True
+    )
+    allowed = {"paxo", "jax", "jaxlib", "etils"} | sys.stdlib_module_names
+    assert set(loaded.stdout.split()) - allowed == set()
+
+
+def test_paxo_alone_loads_neither_jax_nor_numpy():
+    script = "import sys, paxo\nprint(*sys.modules.keys() & {'jax', 'numpy', 'flax', 'optax'})"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=PROJECT, check=True
+    )
+    assert loaded.stdout.split() == []

@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 
 from paxo import loading
 from paxo.data.packing import group_sizes, packing_overhead
 from paxo.data.records import TokenGroup
 from paxo.experiment import DataSettings
+from paxo.models.policy import make_policy
+from paxo.models.sharding import make_mesh
 from tests.made import TINY
 
 
@@ -33,3 +36,10 @@ def test_rows_follow_from_the_cost_of_the_models_head_and_of_its_attention():
     assert slots[1] < slots[0]
     assert shape(vocab_size=2048, attention="blocks") == large
     assert shape(vocab_size=2048, attention="dense").length < large.length
+
+
+def test_the_quickly_compiled_start_is_the_policys_own_to_the_bit():
+    config = dataclasses.replace(TINY, vocab_size=512)
+    policy, key = make_policy(config), jax.random.key(7)
+    found = loading.init_params(policy, config, make_mesh(devices=jax.devices()[:1]), key)
+    jax.tree.map(np.testing.assert_array_equal, found, jax.jit(policy.init)(key))

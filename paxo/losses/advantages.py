@@ -4,10 +4,10 @@ r"""From rewards to advantages, for the policy-gradient losses: data, without gr
 (Array([0.5, 0.5], dtype=float32), Array([1., 1.], dtype=float32))
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.given import given, tokens_there
 from paxo.numerics import Array, masked
 

@@ -11,10 +11,10 @@ Array([0.5, 1. ], dtype=float32)
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import Positive
 from paxo.losses.pairwise import margin
 from paxo.numerics import Array, Mean, at_least_float32, masked, masked_rows, valid_rows

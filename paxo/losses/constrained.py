@@ -10,10 +10,10 @@ whether the mean rewards lie below or above the thresholds.
 
 from typing import Annotated, Any, Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive, Range, Real, stateful
 from paxo.losses.given import centred, check_lists, given, ratios_to
 from paxo.losses.policy_gradient import bounded_exp, clipped_surrogate

@@ -14,10 +14,10 @@ True
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive
 from paxo.losses.given import check_lists, given, ratios_to
 from paxo.losses.pairwise import dpo_loss

@@ -8,10 +8,10 @@ methods all mean them as constants.
 Array([1., 1.], dtype=float32)
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.pairwise import log_ratios
 from paxo.numerics import Array, at_least_float32, masked, safe_divide
 

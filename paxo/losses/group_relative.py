@@ -11,10 +11,10 @@ above that of the group. No critic. TRL's names for the choices are in each docs
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive
 from paxo.losses.given import centred, check_lists, given, ratios_to, tokens_there
 from paxo.losses.policy_gradient import bounded_exp, clipped_surrogate

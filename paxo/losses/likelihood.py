@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-import chex
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.numerics import Array, Mean, at_least_float32, masked, safe_divide
 
 Reduction = Literal["token_mean", "sequence_mean", "sum"]

@@ -9,10 +9,10 @@ Array(0.6265233, dtype=float32)
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive, Probability, Real
 from paxo.losses.pairwise import (
     dpo_loss,

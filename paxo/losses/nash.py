@@ -13,10 +13,10 @@ judge, a frozen policy or a sampler gave is data here: no gradient goes through 
 [1.0, 0.0]
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive
 from paxo.losses.given import candidate_mean, check_lists, check_pairs, given, ratios_to
 from paxo.losses.pairwise import margin

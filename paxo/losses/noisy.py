@@ -7,10 +7,10 @@ All are DPO's loss of the scaled margin $z = \beta(r_w - r_l)$, tilted or weight
 Array(0.3132617, dtype=float32)
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import FlipRate, NonNegative, Positive
 from paxo.losses.pairwise import MAX_EXPONENT, check_candidates, margin, pair_log_ratios
 from paxo.numerics import Array, at_least_float32, masked, masked_rows, safe_divide

@@ -12,10 +12,10 @@ Array([0.5981389, 0.6931472], dtype=float32)
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import FlipRate, NonNegative, Positive
 from paxo.numerics import Array, at_least_float32, masked, masked_rows, safe_divide
 

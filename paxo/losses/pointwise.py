@@ -11,10 +11,10 @@ Array(2., dtype=float32)
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import (
     NonNegative,
     Positive,

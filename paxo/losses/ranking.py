@@ -11,10 +11,10 @@ Array([[0, 1, 1],
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.numerics import Array, at_least_float32, masked
 
 Ties = Literal["skip", "order", "random"]

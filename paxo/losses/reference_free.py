@@ -14,10 +14,10 @@ Array(1.0693147, dtype=float32)
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import FlipRate, NonNegative, Positive, Real
 from paxo.losses.pairwise import MAX_EXPONENT, margin, simpo_loss
 from paxo.numerics import Array, at_least_float32, log1mexp, masked, masked_rows, safe_divide

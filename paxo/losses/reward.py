@@ -6,10 +6,10 @@ the head of a general preference model. Pairs hold the chosen candidate first.
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import FlipRate, NonNegative, Positive
 from paxo.losses.pairwise import margin
 from paxo.losses.ranking import Ties, list_inputs, plackett_luce_nll

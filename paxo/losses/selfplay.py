@@ -17,10 +17,10 @@ DNO, $1/\beta$ for GPO (there on scores instead of win rates).
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive
 from paxo.losses.given import candidate_mean, check_lists, check_pairs, given, ratios_to
 from paxo.losses.pairwise import dpo_loss, margin

@@ -14,10 +14,10 @@ log-ratios behind it are data, and so is the value; the critic takes all log-rat
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive
 from paxo.losses.given import given, ratios_to, tokens_there
 from paxo.losses.policy_gradient import bounded_exp

@@ -2,10 +2,10 @@ r"""Process reward models and regret: losses over the steps or the states of a t
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import Positive
 from paxo.losses.pairwise import margin
 from paxo.numerics import Array, Mean, at_least_float32, masked, masked_rows, safe_divide

@@ -11,10 +11,10 @@ Array(0.6931472, dtype=float32)
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive, Probability
 from paxo.losses.pairwise import log_ratios, margin, token_log_ratios
 from paxo.numerics import Array, Mean, at_least_float32, masked, masked_rows

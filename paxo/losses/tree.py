@@ -2,10 +2,10 @@ r"""Tree preference optimisation: lists of reasoning paths, their steps weighted
 
 from typing import Literal
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import Positive
 from paxo.losses.lipo import lambda_weights
 from paxo.losses.ranking import better_pairs, differences

@@ -9,10 +9,10 @@ the passes disagree on is the information that the label would bring.
 Array([0. , 0.5], dtype=float32)
 """
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.losses.contract import NonNegative, Positive
 from paxo.losses.noisy import smoothed
 from paxo.losses.pairwise import check_candidates, margin, pair_log_ratios

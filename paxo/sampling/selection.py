@@ -5,10 +5,10 @@ Pure functions of what a sampler drew and of rewards `[B, K]`, from whatever jud
 
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 
+from paxo.lazy import chex
 from paxo.numerics import Mean
 from paxo.types import Array, Completions, Finish
 

@@ -100,7 +100,7 @@ def value_and_gradient(
 
 
 def _by_width(head: scoring.Head, heads: Any) -> tuple[Array, Any]:
-    """The head as `[D, V]`, in which its gradient is computed; turned once, behind the last rows."""
+    """The head as `[D, V]`, as its gradient is added up: turned once, behind the last rows."""
     return head.matrix.T if head.by_token else head.matrix, heads
 
 

@@ -105,7 +105,8 @@ def test_kto_runs_on_single_completions_that_were_liked_or_not(tmp_path, model, 
     data = write_rows(tmp_path / "single.jsonl", rows)
     workdir, lines = run(tmp_path, model, 'paxo.objective("kto")', data=data)
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6)
-    assert lines[0]["rewards/accuracies"] == 0.5
+    # Policy and reference are one, but the last bit of two programs may part a completion or two.
+    assert lines[0]["rewards/accuracies"] == pytest.approx(0.5, abs=0.02)
     assert lines[-1]["loss"] < 0.5
     assert lines[-1]["rewards/chosen"] > lines[-1]["rewards/rejected"]
     found = results(workdir)["heldout_accuracy"]
