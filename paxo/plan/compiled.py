@@ -5,7 +5,7 @@ import functools
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh
 from paxo.plan.chips import GIB
+from paxo.plan.collectives import collective_bytes
 from paxo.plan.shapes import Run, bytes_per_device, placement, with_shardings
 from paxo.plan.topology import Topology
 from paxo.sampling import sampler
@@ -40,6 +41,7 @@ class Compiled:
         outputs: bytes of its outputs that lie in no input's place.
         beside: bytes of what else lies on the device while it runs.
         flops: operations of a device that the compiler counts; of a loop it counts one turn.
+        received: mesh axis -> bytes that collectives bring to a device.
         failure: what the compiler says, where it does not fit; bytes are then its own count.
     """
 
@@ -49,6 +51,7 @@ class Compiled:
     outputs: float
     beside: float
     flops: float
+    received: dict[str, float] = dataclasses.field(default_factory=dict)
     failure: str | None = None
 
     @property
@@ -89,7 +92,8 @@ def compile_programs(
         if name == "scorer" and not references:
             continue
         make = functools.partial(lower, run, mesh)
-        found[name] = _compiled(name, make, inputs, beside=state + held - inputs)
+        beside = state + held - inputs
+        found[name] = _compiled(name, make, inputs, beside, dict(mesh.shape))
     return found
 
 
@@ -133,7 +137,13 @@ def lower_sampler(run: Run, mesh: Mesh) -> Any:
     )
 
 
-def _compiled(name: str, lower: Callable[[], Any], inputs: float, beside: float) -> Compiled:
+def _compiled(
+    name: str,
+    lower: Callable[[], Any],
+    inputs: float,
+    beside: float,
+    mesh_shape: Mapping[str, int],
+) -> Compiled:
     """A program compiled; `inputs` are bytes that it is given, `beside` those that it is not."""
     start = time.perf_counter()
     lowered = lower()
@@ -162,6 +172,7 @@ def _compiled(name: str, lower: Callable[[], Any], inputs: float, beside: float)
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         beside=beside,
         flops=cost.get("flops", float("nan")),
+        received=collective_bytes(program.as_text(), mesh_shape),
     )
     logger.info("%s compiled in %.0f s: %.2f GiB a device", name, seconds, made.peak / GIB)
     return made

@@ -37,12 +37,16 @@ def traffic_of(run: Run) -> Traffic:
     own = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(run.state.params))
     part = layout.microbatches
     gathered = _others(layout.fsdp) * (layers + size * matrix)
-    # The head's gradient is float32. A frozen base has none: adapters alone do.
+    # Layers' gradients travel in the dtype of the products, others in float32. A frozen base has
+    # none: adapters alone do.
     gradients = own / layout.tensor if run.policy.frozen else layers + 4 * matrix
     tokens = layout.rows_per_device * layout.row_length * part
+    narrower = jnp.dtype(config.param_dtype).itemsize - size
+    stacked = config.num_layers * layer_params(config)
+    copied = own if run.policy.frozen else own - narrower * stacked
     return Traffic(
         step={
-            "data": 2 * _others(layout.data) * own / (layout.fsdp * layout.tensor),
+            "data": 2 * _others(layout.data) * copied / (layout.fsdp * layout.tensor),
             "fsdp": part * (2 * gathered + _others(layout.fsdp) * gradients),
             "tensor": _tensor(config, layout, tokens, passes=3 if config.remat == "full" else 2),
         },

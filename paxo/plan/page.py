@@ -74,7 +74,7 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
 def tables(made: Mapping[str, Any]) -> list[Table]:
     """All tables of the page."""
     found = [_run(made), _memory(made), _programs(made), _times(made), _network(made)]
-    found += [_round(made), _search(made)]
+    found += [_received(made), _round(made), _search(made)]
     return [table for table in found if table.rows]
 
 
@@ -143,11 +143,19 @@ def _times(made: Mapping[str, Any]) -> Table:
 def _network(made: Mapping[str, Any]) -> Table:
     sent = made["collective_bytes"]
     rows = [
-        (axis, *(_bytes(sent[program][axis]) for program in ("step", "scorer")))
+        (axis, *(_bytes(sent[program][axis]) for program in sent))
         for axis in sent["step"]
         if made["layout"][axis] > 1
     ]
-    return Table("received by a device over each mesh axis", ("", "step", "scorer"), rows)
+    columns = ("", *sent)
+    return Table("received by a device over each mesh axis, estimated", columns, rows)
+
+
+def _received(made: Mapping[str, Any]) -> Table:
+    programs = {name: p["received"] for name, p in made["compiled"].items() if p["received"]}
+    axes = dict.fromkeys(axis for received in programs.values() for axis in received)
+    rows = [(axis, *(_bytes(p.get(axis, 0.0)) for p in programs.values())) for axis in axes]
+    return Table("the same, by the compiled programs", ("", *programs), rows)
 
 
 def _round(made: Mapping[str, Any]) -> Table:

@@ -94,7 +94,7 @@ def test_a_program_that_does_not_fit_is_a_figure_and_not_an_error(said, failure,
         def compile(self):
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
 
-    found = compiled._compiled("step", TooLarge, inputs=2 * 2.0**30, beside=2.0**30)
+    found = compiled._compiled("step", TooLarge, inputs=2 * 2.0**30, beside=2.0**30, mesh_shape={})
     assert found.failure == failure
     assert found.peak == gib * 2**30
     assert math.isnan(found.flops)
@@ -106,4 +106,4 @@ def test_other_errors_of_the_compiler_are_not_hidden():
             raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compiled._compiled("step", Broken, inputs=0.0, beside=0.0)
+        compiled._compiled("step", Broken, inputs=0.0, beside=0.0, mesh_shape={})
