@@ -79,12 +79,13 @@ def to_states(d_logits: Array, head: Array, by_token: bool) -> Array:
 def to_head(states: Array, d_logits: Array, by_token: bool) -> Array:
     """The gradient of the head, float32, summed over all positions."""
     positions = tuple(range(states.ndim - 1))
-    # `[D, V]` at first, also by token: XLA on CPU transposes the first operand, and the states are
-    # narrower than the logits.
-    gradient = jax.lax.dot_general(
-        states, d_logits, ((positions, positions), ((), ())), preferred_element_type=jnp.float32
-    )
-    return gradient.T if by_token else gradient
+    over = (positions, positions), ((), ())
+    # XLA on CPU transposes the first operand, and the states are narrower than the logits. In
+    # bfloat16 it has no product whose float32 result is turned and added up.
+    turned = by_token and states.dtype == jnp.float32
+    pair = (d_logits, states) if by_token and not turned else (states, d_logits)
+    gradient = jax.lax.dot_general(*pair, over, preferred_element_type=jnp.float32)
+    return gradient.T if turned else gradient
 
 
 def _hit(targets: Array, vocabulary: int) -> Array:

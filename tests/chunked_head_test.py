@@ -137,3 +137,23 @@ def test_large_logits_stay_finite_in_value_and_gradient(chunk):
     run = lambda h: weighted(chunked(QUANTITIES, chunk, h))  # noqa: E731
     assert all(np.isfinite(x).all() for x in found.values())
     assert np.isfinite(jax.grad(run)(jnp.float32(1e3 * HIDDEN))).all()
+
+
+@pytest.mark.parametrize("chunk", [None, 64])
+def test_bfloat16_gradients_of_a_head_as_embeddings_lie_can_be_added_up(chunk):
+    # Sizes at which XLA on CPU takes a product of its library, and not a loop of its own.
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.standard_normal((2, 128, 64)), jnp.bfloat16)
+    tokens = jnp.asarray(rng.integers(0, 500, (2, 128)))
+
+    @jax.jit
+    def gradient(hidden, head, added):
+        run = lambda head: jnp.sum(  # noqa: E731
+            head_scores(("logps",), chunk, hidden, head, tokens, by_token=True)["logps"]
+        )
+        return added + jax.grad(run)(head).astype(jnp.float32)
+
+    head = jnp.asarray(rng.standard_normal((500, 64)), jnp.bfloat16)
+    found = gradient(hidden, head, jnp.ones((500, 64)))
+    exact = gradient(hidden.astype(jnp.float32), head.astype(jnp.float32), jnp.ones((500, 64)))
+    assert jnp.max(jnp.abs(found - exact)) < 0.02 * jnp.max(jnp.abs(exact))
