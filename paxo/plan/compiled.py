@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh
 from paxo.plan.chips import GIB
-from paxo.plan.shapes import Run, bytes_per_device, placement, with_shardings
+from paxo.plan.shapes import Run, bytes_per_device, on_mesh_of, placement, with_shardings
 from paxo.plan.topology import Topology
 from paxo.sampling import sampler
 from paxo.scoring import make_scorer
@@ -106,7 +106,9 @@ def lower_step(run: Run, mesh: Mesh) -> Any:
 
 
 def lower_scorer(run: Run, mesh: Mesh) -> Any:
-    """The log-probs of a batch under the first frozen policy."""
+    """The log-probs of a batch under the first frozen policy, on the mesh of that one."""
+    run = run.scoring
+    mesh = on_mesh_of(run.layout, mesh)
     placed = placement(run, mesh)
     role = next(iter(run.references))
     params = with_shardings(run.references[role], placed.references[role])

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from paxo.experiment import MeshSettings, ReferenceSettings
 from paxo.plan.estimate import SPARE, Seconds, estimate
 from paxo.plan.layout import Layout, model_config
 from paxo.plan.network import axis_bandwidths, traffic_of
@@ -107,6 +108,23 @@ def test_traffic_of_each_axis_by_hand():
     assert split["fsdp"] == split["data"] == 0
     tokens = 8 * 128
     assert split["tensor"] == 2 * (2 * 1 / 2) * (2 * 2 * tokens * 128 * 4)
+
+
+def test_a_reference_on_a_mesh_of_its_own_is_scored_over_its_axes():
+    settings = made_settings(rows=8, mesh=(8, 1, 1))
+    mesh = MeshSettings(data=2, fsdp=4)
+    own = dataclasses.replace(settings, reference=ReferenceSettings(mesh=mesh))
+    alike, apart = (estimate(made_run(s), made_topology(8)) for s in (settings, own))
+    assert alike.traffic.scorer["fsdp"] == 0
+    layer = 128 * 32 * (4 + 2 * 2) + 128 * 4 * 32 + 3 * 128 * 512
+    assert apart.traffic.scorer["fsdp"] == 3 / 4 * 4 * (2 * layer + 128 * 1024)
+    assert apart.scorer.network == apart.traffic.scorer["fsdp"] / 1e10
+    assert (apart.step, apart.sampler) == (alike.step, alike.sampler)
+    # Longer rows are fewer: numbers of them that its mesh does not split are left out.
+    eight = dataclasses.replace(own, reference=ReferenceSettings(mesh=MeshSettings(data=8)))
+    run, topology = made_run(eight), made_topology(8)
+    assert {layout.rows for layout in layouts(run, topology)} == {8}
+    assert {layout.rows for layout in layouts(made_run(settings), topology)} == {4, 8}
 
 
 def _leaves(tree):
