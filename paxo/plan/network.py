@@ -86,7 +86,8 @@ def axis_bandwidths(layout: Layout, topology: Topology) -> dict[str, float]:
 
 
 def _is_ring(side: int, topology: Topology) -> bool:
-    return side % topology.chip.wraps_at == 0
+    sides = topology.sides if topology.chip.dims == 3 else (side,)
+    return all(each % topology.chip.wraps_at == 0 for each in sides)
 
 
 def _others(ways: int) -> float:

@@ -61,7 +61,7 @@ def test_a_scorer_lies_beside_the_state_of_the_training():
 def test_a_scorer_is_compiled_on_the_mesh_of_its_reference():
     here = len(jax.local_devices(backend="cpu"))
     settings = made_settings(rows=here, mesh=(here, 1, 1))
-    mesh = MeshSettings(data=1, fsdp=here)
+    mesh = MeshSettings(data=1, fsdp=here // 2, tensor=2)
     own = dataclasses.replace(settings, reference=ReferenceSettings(mesh=mesh))
     topology = made_topology(here, platform="cpu")
     alike, apart = (
@@ -71,7 +71,9 @@ def test_a_scorer_is_compiled_on_the_mesh_of_its_reference():
     resident = memory_of(made_run(own), "cpu").resident
     batch = alike.arguments - memory_of(made_run(settings), "cpu").resident["reference"]
     assert here > 1
-    assert abs(apart.arguments - batch - resident["reference"]) < 1024
+    assert batch > 1024
+    # Two devices share the rows of each.
+    assert abs(apart.arguments - 2 * batch - resident["reference"]) < 512
     assert apart.beside == alike.beside  # the training state
 
 

@@ -139,7 +139,9 @@ def _leaves(tree):
         ("v5e:16x16", (1, 256, 1), {"fsdp": 4}),  # both rings, both ways
         ("v5e:16x16", (16, 16, 1), {"fsdp": 2, "data": 2}),
         ("v5e:4x4", (1, 16, 1), {"fsdp": 2}),  # no rings
+        ("v5e:8x16", (1, 128, 1), {"fsdp": 3}),  # one ring
         ("v5p:4x4x4", (1, 64, 1), {"fsdp": 6}),
+        ("v5p:2x4x4", (1, 32, 1), {"fsdp": 3}),  # no whole cube has no rings
         ("v5p:4x4x4", (1, 16, 4), {"tensor": 2, "fsdp": 4}),
     ],
 )
