@@ -112,13 +112,15 @@ def test_traffic_of_each_axis_by_hand():
 
 def test_a_reference_on_a_mesh_of_its_own_is_scored_over_its_axes():
     settings = made_settings(rows=8, mesh=(8, 1, 1))
-    mesh = MeshSettings(data=2, fsdp=4)
+    mesh, place = MeshSettings(data=1, fsdp=8), parse_topology("v5e:2x4")
     own = dataclasses.replace(settings, reference=ReferenceSettings(mesh=mesh))
-    alike, apart = (estimate(made_run(s), made_topology(8)) for s in (settings, own))
+    alike, apart = (estimate(made_run(s), place) for s in (settings, own))
     assert alike.traffic.scorer["fsdp"] == 0
     layer = 128 * 32 * (4 + 2 * 2) + 128 * 4 * 32 + 3 * 128 * 512
-    assert apart.traffic.scorer["fsdp"] == 3 / 4 * 4 * (2 * layer + 128 * 1024)
-    assert apart.scorer.network == apart.traffic.scorer["fsdp"] / 1e10
+    assert apart.traffic.scorer["fsdp"] == 7 / 8 * 4 * (2 * layer + 128 * 1024)
+    # Over both sides of the slice.
+    links = 2 * place.chip.link_bytes_per_second
+    assert apart.scorer.network == apart.traffic.scorer["fsdp"] / links
     assert (apart.step, apart.sampler) == (alike.step, alike.sampler)
     # Longer rows are fewer: numbers of them that its mesh does not split are left out.
     eight = dataclasses.replace(own, reference=ReferenceSettings(mesh=MeshSettings(data=8)))
