@@ -15,7 +15,7 @@ from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh
 from paxo.plan.chips import GIB
 from paxo.plan.collectives import collective_bytes
-from paxo.plan.shapes import Run, bytes_per_device, placement, with_shardings
+from paxo.plan.shapes import Run, bytes_per_device, on_mesh_of, placement, with_shardings
 from paxo.plan.topology import Topology
 from paxo.sampling import sampler
 from paxo.scoring import make_scorer
@@ -93,7 +93,8 @@ def compile_programs(
             continue
         make = functools.partial(lower, run, mesh)
         beside = state + held - inputs
-        found[name] = _compiled(name, make, inputs, beside, dict(mesh.shape))
+        on = on_mesh_of(run.scoring.layout, mesh) if name == "scorer" else mesh
+        found[name] = _compiled(name, make, inputs, beside, dict(on.shape))
     return found
 
 
@@ -110,7 +111,9 @@ def lower_step(run: Run, mesh: Mesh) -> Any:
 
 
 def lower_scorer(run: Run, mesh: Mesh) -> Any:
-    """The log-probs of a batch under the first frozen policy."""
+    """The log-probs of a batch under the first frozen policy, on the mesh of that one."""
+    run = run.scoring
+    mesh = on_mesh_of(run.layout, mesh)
     placed = placement(run, mesh)
     role = next(iter(run.references))
     params = with_shardings(run.references[role], placed.references[role])

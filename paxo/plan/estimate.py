@@ -68,7 +68,7 @@ class Estimate:
         flops: operations of a step over all devices, as computed.
         useful_flops: those that it cannot do without.
         step: bounds of a training step.
-        scorer: of scoring a batch under one frozen policy.
+        scorer: of scoring a batch under one frozen policy, on the mesh of the first one.
         sampler: of drawing an online round's completions, one at a time for each token.
         tokens: positions of a step.
         references: frozen policies that are scored.
@@ -114,11 +114,12 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
     """The analytic figures of a run on a topology; `held` is as for `memory_of`."""
     layout, config, devices = run.layout, run.config, topology.num_devices
     work = work_of(run, topology.platform)
-    traffic = traffic_of(run)
-    speeds = axis_bandwidths(layout, topology)
+    own, scoring = traffic_of(run), run.scoring
+    traffic = own._replace(scorer=traffic_of(scoring).scorer)
     memory = memory_of(run, topology.platform, held)
 
-    def bounds(flops: float, moved: float, sent: dict[str, float]) -> Seconds:
+    def bounds(flops: float, moved: float, sent: dict[str, float], over=layout) -> Seconds:
+        speeds = axis_bandwidths(over, topology)
         return Seconds(
             flops / (devices * topology.chip.peak_flops),
             moved / topology.chip.hbm_bytes_per_second,
@@ -137,8 +138,10 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
         flops=flops,
         useful_flops=useful_flops(config, work),
         step=bounds(flops, moved, traffic.step),
-        scorer=bounds(scorer_flops(config, work), _pass_bytes(run, 1), traffic.scorer),
-        sampler=_sampling(run, bounds, traffic),
+        scorer=bounds(
+            scorer_flops(config, work), _pass_bytes(scoring, 1), traffic.scorer, scoring.layout
+        ),
+        sampler=_sampling(run, bounds, own),
         tokens=run.tokens,
         references=len(run.references),
     )

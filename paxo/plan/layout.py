@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from paxo.experiment import Experiment
+from paxo.experiment import Experiment, MeshSettings
 from paxo.models.config import ModelConfig
 from paxo.models.known import known_config
 from paxo.models.pretrained import read_config, resolve_model
@@ -104,19 +104,7 @@ def first_layout(settings: Experiment, config: ModelConfig, devices: int) -> Lay
     Raises:
         SettingsError: if mesh, rows and microbatches do not fit one another.
     """
-    mesh = settings.mesh
-    sizes = {name: getattr(mesh, name) for name in MESH_AXES}
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise SettingsError(f"mesh sizes are at least 1, and one may be -1; got {sizes}")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        sizes[free[0]] = max(devices // known, 1)
-    if math.prod(sizes.values()) != devices:
-        raise SettingsError(
-            f"mesh {sizes} is of {math.prod(sizes.values())} devices, the topology of {devices}: "
-            "set one axis to -1 to take what is left, as in --set mesh.fsdp=-1 mesh.data=1"
-        )
+    sizes = _mesh_sizes(settings.mesh, devices, "mesh")
     train, ways = settings.train, sizes["data"] * sizes["fsdp"]
     if train.rows_per_batch % (ways * train.microbatches):
         raise SettingsError(
@@ -134,6 +122,43 @@ def first_layout(settings: Experiment, config: ModelConfig, devices: int) -> Lay
         microbatches=train.microbatches,
         remat=config.remat,
     )
+
+
+def frozen_layout(settings: Experiment, role: str, layout: Layout) -> Layout:
+    """How a frozen policy lies beside a run that lies as `layout`: on its own mesh, if it has one.
+
+    Raises:
+        SettingsError: if its mesh does not fit the devices, or does not divide the rows.
+    """
+    mesh = getattr(settings, role).mesh
+    if mesh is None:
+        return layout
+    devices = math.prod(layout.mesh_shape.values())
+    found = dataclasses.replace(layout, **_mesh_sizes(mesh, devices, f"{role}.mesh"))
+    if layout.rows % (found.data * found.fsdp):
+        raise SettingsError(
+            f"{role}.mesh {found.mesh_shape} splits rows in {found.data * found.fsdp} ways, which "
+            f"do not divide the {layout.rows} rows of a batch: choose other sizes of data and fsdp"
+        )
+    return found
+
+
+def _mesh_sizes(mesh: MeshSettings, devices: int, name: str) -> dict[str, int]:
+    """Axis -> devices, as the settings under that name ask for."""
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise SettingsError(f"{name} sizes are at least 1, and one may be -1; got {sizes}")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        sizes[free[0]] = max(devices // known, 1)
+    if math.prod(sizes.values()) != devices:
+        raise SettingsError(
+            f"{name} {sizes} is of {math.prod(sizes.values())} devices, the topology of {devices}: "
+            "set one axis to -1 to take what is left, as in "
+            f"--set {name}.fsdp=-1 {name}.data=1"
+        )
+    return sizes
 
 
 def num_candidates(settings: Experiment) -> int:

@@ -115,8 +115,6 @@ def memory_of(run: Run, platform: str, held: Held | None = None) -> Memory:
     summed = trained if layout.microbatches > 1 else 0
     kept = kept_bytes(run.config, layout) + _batch_bytes(run)
     layers, head = gathered_bytes(run)
-    # A scorer runs all rows at once; frozen weights have no gradients.
-    whole = dataclasses.replace(layout, microbatches=1)
     trains_all = not run.policy.frozen
     return Memory(
         resident=resident,
@@ -133,11 +131,7 @@ def memory_of(run: Run, platform: str, held: Held | None = None) -> Memory:
             "activations": kept + LIVE * _widest(run.config, layout),
             "collectives": layers * (2 if trains_all else 1),
         },
-        scorer={
-            "activations": LIVE * _widest(run.config, whole) + _batch_bytes(run),
-            "logits": scored,
-            "collectives": max(layers, head),
-        },
+        scorer=_scorer(run.scoring, platform),
         sampler=_sampler(run, held.prepared),
     )
 
@@ -187,6 +181,16 @@ def cache_bytes(run: Run) -> int:
     tokens = run.lengths.max_prompt + run.row.candidates * run.lengths.max_completion
     heads = _share(config.num_kv_heads, layout.tensor)
     return 2 * _itemsize(config) * prompts * tokens * heads * config.head_dim * config.num_layers
+
+
+def _scorer(run: Run, platform: str) -> dict[str, int]:
+    """A scorer runs all rows at once; frozen weights have no gradients."""
+    whole = dataclasses.replace(run.layout, microbatches=1)
+    return {
+        "activations": LIVE * _widest(run.config, whole) + _batch_bytes(run),
+        "logits": logit_bytes(run, abstract_mesh(run.layout, platform)),
+        "collectives": max(gathered_bytes(run)),
+    }
 
 
 def _sampler(run: Run, prepared: int) -> dict[str, int]:

@@ -29,6 +29,10 @@ def traffic_of(run: Run) -> Traffic:
     A step gathers each layer's weights where they are used, forward and backward, and reduces their
     gradients to the devices that hold them; copies add gradients up; where heads are split, the
     outputs of attention and SwiGLU are. `token` is of one step of decoding.
+
+    A compiler may send more. libtpu 0.0.52 adds gradients up whole on all devices, twice the bytes,
+    where fsdp takes all of v5e:8x8, v5e:16x16, v6e:16x16, v5p:4x4x4 or v5p:4x4x8, under any of its
+    options for reduce-scatters; not on v5e:8x16, nor where data is 2 and fsdp half of a slice.
     """
     config, layout = run.config, run.layout
     size = jnp.dtype(config.compute_dtype).itemsize
@@ -90,7 +94,8 @@ def axis_bandwidths(layout: Layout, topology: Topology) -> dict[str, float]:
 
 
 def _is_ring(side: int, topology: Topology) -> bool:
-    return side % topology.chip.wraps_at == 0
+    sides = topology.sides if topology.chip.dims == 3 else (side,)
+    return all(each % topology.chip.wraps_at == 0 for each in sides)
 
 
 def _others(ways: int) -> float:

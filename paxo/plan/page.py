@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from paxo.evaluation.report import write_results
+from paxo.models.sharding import MESH_AXES
 from paxo.plan.chips import GIB
 from paxo.plan.estimate import SPARE
 
@@ -80,12 +81,12 @@ def tables(made: Mapping[str, Any]) -> list[Table]:
 
 def _run(made: Mapping[str, Any]) -> Table:
     model, layout, assumed = made["model"], made["layout"], made["assumptions"]
-    mesh = " × ".join(f"{name} {layout[name]}" for name in ("data", "fsdp", "tensor"))
     rows = [
         ("parameters", f"{model['parameters']:,}"),
         ("trained", f"{model['trained']:,}"),
         ("objective", made["objective"]),
-        ("mesh", mesh),
+        ("mesh", _mesh(layout)),
+        *_reference_mesh(made),
         ("rows a step", f"{layout['rows']} × {layout['row_length']} tokens"),
         ("microbatches", str(layout["microbatches"])),
         ("remat", layout["remat"]),
@@ -99,6 +100,15 @@ def _run(made: Mapping[str, Any]) -> Table:
         ("groups a row", f"{assumed['groups_per_row']:.1f}"),
     ]  # fmt: skip
     return Table("the run", ("", ""), rows)
+
+
+def _reference_mesh(made: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A line for each frozen policy that lies differently from the run."""
+    return [(f"mesh of the {role}", _mesh(sizes)) for role, sizes in made["meshes"].items()]
+
+
+def _mesh(sizes: Mapping[str, int]) -> str:
+    return " × ".join(f"{axis} {sizes[axis]}" for axis in MESH_AXES)
 
 
 def _memory(made: Mapping[str, Any]) -> Table:
@@ -145,7 +155,7 @@ def _network(made: Mapping[str, Any]) -> Table:
     rows = [
         (axis, *(_bytes(sent[program][axis]) for program in sent))
         for axis in sent["step"]
-        if made["layout"][axis] > 1
+        if any(bytes_of[axis] for bytes_of in sent.values())
     ]
     columns = ("", *sent)
     return Table("received by a device over each mesh axis, estimated", columns, rows)
@@ -164,8 +174,7 @@ def _round(made: Mapping[str, Any]) -> Table:
     rows[-1] = ("whole round", rows[-1][1])
     rows.append(("chip-hours", f"{cost['chip_hours']:.3f}"))
     if best := cost["fastest_sampling"]:
-        mesh = " × ".join(f"{axis} {ways}" for axis, ways in best["mesh"].items())
-        rows.append((f"sampling on {mesh}", _seconds(best["seconds"])))
+        rows.append((f"sampling on {_mesh(best['mesh'])}", _seconds(best["seconds"])))
     title = f"an online round of {cost['prompts']} prompts × {cost['candidates']}, at least"
     return Table(title, ("", ""), rows)
 

@@ -63,8 +63,15 @@ def plan(
 def _smallest(
     settings: Experiment, config: ModelConfig, kind: str, model: str | None, compiled: int
 ) -> dict[str, Any]:
-    """The plan of the smallest slice that holds the run, by the compiler if it is asked."""
-    too_small = []
+    """The plan of the smallest slice that holds the run, by the compiler if it is asked.
+
+    No mesh of the settings counts: which are possible depends on the slice.
+    """
+    without = {
+        role: dataclasses.replace(getattr(settings, role), mesh=None)
+        for role in ("reference", "previous")
+    }
+    settings, too_small = dataclasses.replace(settings, **without), []
     for topology, found in smallest(settings, config, kind):
         for layout in found:
             made = _planned(make_run(settings, config, layout), topology, model, compiled)
@@ -99,6 +106,7 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
         },
         "objective": run.settings.objective.name,
         "layout": _layout(run.layout),
+        "meshes": _meshes(run),
         "assumptions": _assumptions(run),
         "memory": {
             "bytes": own.memory.by_category(),
@@ -216,6 +224,12 @@ def _topology(topology: Topology) -> dict[str, Any]:
 
 def _layout(layout: Layout) -> dict[str, Any]:
     return dataclasses.asdict(layout) | {"flags": layout.flags()}
+
+
+def _meshes(run: Run) -> dict[str, dict[str, int]]:
+    """Role -> sizes of mesh axes of the frozen policies that lie differently from the run."""
+    found = {role: run.layout_of(role).mesh_shape for role in run.references}
+    return {role: sizes for role, sizes in found.items() if sizes != run.layout.mesh_shape}
 
 
 def _assumptions(run: Run) -> dict[str, float]:

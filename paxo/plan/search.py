@@ -34,6 +34,8 @@ def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
     if settings.data.slots is None:
         row_lengths += [first.row_length // 2, first.row_length * 2]
     tokens = first.rows * first.row_length
+    own = [role for role in run.references if getattr(settings, role).mesh is not None]
+    frozen = [run.layout_of(role) for role in own]
     seen = {first}
     yield first
     for length, (data, fsdp, tensor) in itertools.product(
@@ -41,6 +43,8 @@ def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
     ):
         rows, over = divmod(tokens, length)
         if over or length < shortest or rows % (data * fsdp):
+            continue
+        if any(rows % (each.data * each.fsdp) for each in frozen):
             continue
         for parts, remat in itertools.product(_divisors(rows // (data * fsdp)), REMATS):
             if parts > 1 and rows // (data * fsdp * parts) * length < MIN_TOKENS:

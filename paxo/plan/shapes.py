@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import logging
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paxo.data.row_shape import RowShape
 from paxo.experiment import Experiment
@@ -16,13 +15,17 @@ from paxo.models.config import ModelConfig
 from paxo.models.heads import HEADS, init_heads, with_heads
 from paxo.models.lora import init_lora, with_lora
 from paxo.models.policy import make_policy, param_shapes
-from paxo.models.sharding import param_shardings, partition_spec
+from paxo.models.sharding import MESH_AXES, make_mesh, param_shardings, partition_spec
 from paxo.objectives import HIDDEN_ROLE
-from paxo.plan.layout import Layout, Lengths, assumed_lengths, num_candidates
+from paxo.plan.layout import (
+    Layout,
+    Lengths,
+    assumed_lengths,
+    frozen_layout,
+    num_candidates,
+)
 from paxo.training.state import TrainState, init_state, state_shardings
 from paxo.types import Params, Policy, PreferenceBatch, PromptBatch
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,16 @@ class Run:
         count = math.ceil(self.groups * self.layout.rows / ways) * ways
         ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
         return PromptBatch(ints((count, self.lengths.max_prompt)), ints((count,)), ints((count,)))
+
+    @property
+    def scoring(self) -> "Run":
+        """The run as the first of its frozen policies sees it: on that one's mesh."""
+        role = next(iter(self.references), None)
+        return self if role is None else dataclasses.replace(self, layout=self.layout_of(role))
+
+    def layout_of(self, role: str) -> Layout:
+        """How a frozen policy lies."""
+        return frozen_layout(self.settings, role, self.layout)
 
 
 class Placement(NamedTuple):
@@ -138,11 +151,26 @@ def placement(run: Run, mesh: Any) -> Placement:
     trained, frozen = run.policy.split(placed)
     state = state_shardings(run.state, trained, run.optimizer, frozen)
     references = {
-        role: _params_placed(run.policy, params, mesh, everywhere)
-        for role, params in run.references.items()
+        role: _frozen_placed(run, role, on_mesh_of(run.layout_of(role), mesh))
+        for role in run.references
     }
     rows = partition_spec(("batch",), (run.layout.rows,), mesh.shape)
     return Placement(state, placed, NamedSharding(mesh, rows), references)
+
+
+def on_mesh_of(layout: Layout, mesh: Any) -> Any:
+    """The devices of a mesh as the mesh of a layout."""
+    sizes = layout.mesh_shape
+    if dict(mesh.shape) == sizes:
+        return mesh
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(
+            tuple(sizes.values()),
+            MESH_AXES,
+            axis_types=mesh.axis_types,
+            abstract_device=mesh.abstract_device,
+        )
+    return make_mesh(**sizes, devices=list(mesh.devices.flat))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -172,6 +200,11 @@ def _params_placed(policy: Policy, params: Params, mesh: Any, everywhere: NamedS
     placed = param_shardings(axes, named, mesh)
     rest = {name: x for name, x in params.items() if name not in named}
     return placed | jax.tree.map(lambda _: everywhere, rest)
+
+
+def _frozen_placed(run: Run, role: str, mesh: Any) -> Any:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return _params_placed(run.policy, run.references[role], mesh, everywhere)
 
 
 def _heads(settings: Experiment) -> tuple[str, ...]:
@@ -221,8 +254,6 @@ def _references(
     first: dict[Any, str] = {}
     for role in roles:
         first.setdefault(given[role], role)
-        if given[role].mesh is not None:
-            logger.warning("%s.mesh is not planned for: it is taken to lie as the run does", role)
     base, full = _base(settings, config), settings.model.lora is None
 
     def shapes(role: str) -> Params:

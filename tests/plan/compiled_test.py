@@ -1,11 +1,13 @@
 """A run's own programs: what the compiler says of them, and how far the estimates agree."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 
+from paxo.experiment import MeshSettings, ReferenceSettings
 from paxo.models.sharding import make_mesh
 from paxo.overrides import apply_overrides
 from paxo.plan import compiled
@@ -54,6 +56,25 @@ def test_a_scorer_lies_beside_the_state_of_the_training():
     assert found.peak == found.arguments + found.temporaries + found.outputs + found.beside
     assert found.temporaries > 0
     assert found.failure is None
+
+
+def test_a_scorer_is_compiled_on_the_mesh_of_its_reference():
+    here = len(jax.local_devices(backend="cpu"))
+    settings = made_settings(rows=here, mesh=(here, 1, 1))
+    mesh = MeshSettings(data=1, fsdp=here // 2, tensor=2)
+    own = dataclasses.replace(settings, reference=ReferenceSettings(mesh=mesh))
+    topology = made_topology(here, platform="cpu")
+    alike, apart = (
+        compiled.compile_programs(made_run(s), topology, ("scorer",))["scorer"]
+        for s in (settings, own)
+    )
+    resident = memory_of(made_run(own), "cpu").resident
+    batch = alike.arguments - memory_of(made_run(settings), "cpu").resident["reference"]
+    assert here > 1
+    assert batch > 1024
+    # Two devices share the rows of each.
+    assert abs(apart.arguments - 2 * batch - resident["reference"]) < 512
+    assert apart.beside == alike.beside  # the training state
 
 
 def test_programs_with_adapters_are_lowered_as_well():

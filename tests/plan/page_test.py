@@ -33,7 +33,7 @@ SCHEMA = {
     "round": {"prompts", "candidates", "sampling", "scoring", "step", "seconds", "chip_hours",
               "fastest_sampling"},
 }  # fmt: skip
-PLAIN = {"objective", "compiled", "compiled_because", "fits", "spare", "search"}
+PLAIN = {"objective", "meshes", "compiled", "compiled_because", "fits", "spare", "search"}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from paxo.experiment import MeshSettings, ReferenceSettings
 from paxo.plan.estimate import SPARE, Seconds, estimate
 from paxo.plan.layout import Layout, model_config
 from paxo.plan.network import axis_bandwidths, traffic_of
@@ -109,6 +110,25 @@ def test_traffic_of_each_axis_by_hand():
     assert split["tensor"] == 2 * (2 * 1 / 2) * (2 * 2 * tokens * 128 * 4)
 
 
+def test_a_reference_on_a_mesh_of_its_own_is_scored_over_its_axes():
+    settings = made_settings(rows=8, mesh=(8, 1, 1))
+    mesh, place = MeshSettings(data=1, fsdp=8), parse_topology("v5e:2x4")
+    own = dataclasses.replace(settings, reference=ReferenceSettings(mesh=mesh))
+    alike, apart = (estimate(made_run(s), place) for s in (settings, own))
+    assert alike.traffic.scorer["fsdp"] == 0
+    layer = 128 * 32 * (4 + 2 * 2) + 128 * 4 * 32 + 3 * 128 * 512
+    assert apart.traffic.scorer["fsdp"] == 7 / 8 * 4 * (2 * layer + 128 * 1024)
+    # Over both sides of the slice.
+    links = 2 * place.chip.link_bytes_per_second
+    assert apart.scorer.network == apart.traffic.scorer["fsdp"] / links
+    assert (apart.step, apart.sampler) == (alike.step, alike.sampler)
+    # Longer rows are fewer: numbers of them that its mesh does not split are left out.
+    eight = dataclasses.replace(own, reference=ReferenceSettings(mesh=MeshSettings(data=8)))
+    run, topology = made_run(eight), made_topology(8)
+    assert {layout.rows for layout in layouts(run, topology)} == {8}
+    assert {layout.rows for layout in layouts(made_run(settings), topology)} == {4, 8}
+
+
 def _leaves(tree):
     import jax
 
@@ -121,7 +141,9 @@ def _leaves(tree):
         ("v5e:16x16", (1, 256, 1), {"fsdp": 4}),  # both rings, both ways
         ("v5e:16x16", (16, 16, 1), {"fsdp": 2, "data": 2}),
         ("v5e:4x4", (1, 16, 1), {"fsdp": 2}),  # no rings
+        ("v5e:8x16", (1, 128, 1), {"fsdp": 3}),  # one ring
         ("v5p:4x4x4", (1, 64, 1), {"fsdp": 6}),
+        ("v5p:2x4x4", (1, 32, 1), {"fsdp": 3}),  # no whole cube has no rings
         ("v5p:4x4x4", (1, 16, 4), {"tensor": 2, "fsdp": 4}),
     ],
 )

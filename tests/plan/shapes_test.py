@@ -1,11 +1,13 @@
 """A run as shapes: what it holds, and where it lies."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from paxo.experiment import MeshSettings
 from paxo.overrides import SettingsError, apply_overrides
 from paxo.plan.layout import abstract_mesh, first_layout, model_config, num_candidates
 from paxo.plan.memory import CATEGORIES, memory_of
@@ -52,6 +54,38 @@ def test_a_reference_is_a_second_copy_of_the_weights_where_the_objective_has_one
     settings = apply_overrides(made_settings(), ["reference.dtype=bfloat16"])
     found = memory_of(made_run(settings), "tpu").resident
     assert found["reference"] == found["parameters"] // 2
+
+
+def on_its_own_mesh(settings, **sizes):
+    reference = dataclasses.replace(settings.reference, mesh=MeshSettings(**sizes))
+    return dataclasses.replace(settings, reference=reference)
+
+
+def test_a_reference_may_lie_on_a_mesh_of_its_own():
+    alike = made_run(made_settings(rows=8, mesh=(8, 1, 1)))
+    split = made_run(on_its_own_mesh(alike.settings, data=2, fsdp=-1))
+    assert split.scoring.layout.mesh_shape == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert alike.scoring.layout == split.layout == alike.layout
+    whole, found = memory_of(alike, "tpu"), memory_of(split, "tpu")
+    norms = CONFIG.hidden_size * (2 * CONFIG.num_layers + 1)
+    assert whole.resident["reference"] == 4 * count(alike.params)
+    assert found.resident["reference"] == (count(alike.params) - norms) + 4 * norms
+    assert found.resident["parameters"] == whole.resident["parameters"]
+    assert whole.scorer["collectives"] == 0 < found.scorer["collectives"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"data": 3}, r"reference.mesh .* is of 3 devices, the topology of 2"),
+        ({"fsdp": -1}, r"reference.mesh sizes are at least 1, and one may be -1"),
+        ({"data": 2}, "split.* rows in 2 ways, which do not divide the 3 rows of a batch"),
+    ],
+)
+def test_a_mesh_of_a_reference_that_cannot_be_is_refused_in_words(sizes, words):
+    run = made_run(on_its_own_mesh(made_settings(rows=3, mesh=(1, 1, 2)), **sizes))
+    with pytest.raises(SettingsError, match=words):
+        memory_of(run, "cpu")
 
 
 @pytest.mark.parametrize(
