@@ -257,9 +257,6 @@ def make_pack(
     return pack
 
 
-GROUP_FIELDS = tuple(field.name for field in dataclasses.fields(Group))
-
-
 def _plain_group(prompt: Prompt) -> TokenGroup:
     return TokenGroup(prompt.ids, (), (), (), {}, prompt.index, f"prompt {prompt.index}")
 
