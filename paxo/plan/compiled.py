@@ -41,7 +41,8 @@ class Compiled:
         outputs: bytes of its outputs that lie in no input's place.
         beside: bytes of what else lies on the device while it runs.
         flops: operations of a device that the compiler counts; of a loop it counts one turn.
-        received: mesh axis -> bytes that collectives bring to a device.
+        received: mesh axis -> bytes that collectives bring to a device; empty where it cannot be
+            read.
         failure: what the compiler says, where it does not fit; bytes are then its own count.
     """
 
@@ -175,7 +176,17 @@ def _compiled(
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         beside=beside,
         flops=cost.get("flops", float("nan")),
-        received=collective_bytes(program.as_text(), mesh_shape),
+        received=_received(program, mesh_shape),
     )
     logger.info("%s compiled in %.0f s: %.2f GiB a device", name, seconds, made.peak / GIB)
     return made
+
+
+def _received(program: Any, mesh_shape: Mapping[str, int]) -> dict[str, float]:
+    """What its collectives bring to a device; nothing where JAX cannot read libtpu's program."""
+    try:
+        text = program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        logger.warning("the program's collectives cannot be read: %s", str(error)[:200])
+        return {}
+    return collective_bytes(text, mesh_shape)

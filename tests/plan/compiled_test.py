@@ -128,3 +128,12 @@ def test_other_errors_of_the_compiler_are_not_hidden():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compiled._compiled("step", Broken, inputs=0.0, beside=0.0, mesh_shape={})
+
+
+def test_a_program_that_cannot_be_read_leaves_its_traffic_out(caplog):
+    class Unreadable:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operand")
+
+    assert compiled._received(Unreadable(), {"fsdp": 2}) == {}
+    assert "collectives cannot be read: INTERNAL: async-update" in caplog.text
