@@ -16,14 +16,8 @@ from paxo.data.packing import choose_shape
 from paxo.data.records import Skipped, TokenGroup
 from paxo.data.row_shape import RowShape
 from paxo.data.sources import check_any, open_source, read_range
-from paxo.data.tokenise import (
-    TextTokenizer,
-    TokenisedPart,
-    TokenisedSet,
-    joined,
-    load_tokenizer,
-    tokenise_part,
-)
+from paxo.data.tokenise import TextTokenizer, load_tokenizer, tokenise_part
+from paxo.data.tokenised import TokenisedPart, TokenisedSet, joined
 from paxo.data.unpaired import Mismatch, signed
 from paxo.experiment import DataSettings, ModelSettings, TrainSettings
 from paxo.models.config import LoraSettings, ModelConfig

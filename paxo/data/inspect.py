@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paxo.data.records import Record, TokenGroup
-from paxo.data.tokenise import TokenisedSet
+from paxo.data.tokenised import TokenisedSet
 from paxo.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:

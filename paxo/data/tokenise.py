@@ -28,7 +28,7 @@ from paxo.data.records import (
 from paxo.data.tokenised import TokenisedPart, TokenisedSet, joined
 from paxo.data.tokenizer import TextTokenizer, load_tokenizer
 
-__all__ = ["TextTokenizer", "TokenLimits", "TokenisedSet", "load_tokenizer", "tokenise"]
+__all__ = ["TextTokenizer", "TokenLimits", "load_tokenizer", "tokenise"]
 
 BLOCK = 512  # records whose texts are encoded in one call
 

@@ -55,7 +55,7 @@ def product(inputs: int, x: Array, kernel: Array) -> Array:
     """Contracts the last `inputs` axes of `x` with the first of `kernel`.
 
     The kernel's gradient sums over tokens, which XLA on CPU begins by transposing the first
-    operand: here that is the narrower one, where JAX takes the output's gradient always.
+    operand. Here that is the narrower one; JAX's own gradient always puts the output's there.
 
     >>> product(1, jnp.ones((4, 2)), jnp.ones((2, 3))).shape
     (4, 3)
@@ -67,11 +67,11 @@ def _contracted(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]
     return jax.lax.dot_general(x, y, ((tuple(x_axes), tuple(y_axes)), ((), ())))
 
 
-def _forward(inputs: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+def _product_forward(inputs: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return product(inputs, x, kernel), (x, kernel)
 
 
-def _backward(inputs: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _product_backward(inputs: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = kept
     outputs = kernel.ndim - inputs
     tokens = range(x.ndim - inputs)
@@ -82,7 +82,7 @@ def _backward(inputs: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array,
     return dx, jnp.moveaxis(transposed, range(outputs), range(inputs, kernel.ndim))
 
 
-product.defvjp(_forward, _backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nnx.Module):

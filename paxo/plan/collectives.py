@@ -143,8 +143,8 @@ def _turns(line: str, condition: list[str]) -> int:
 def _collective(
     computation: str, match: re.Match, line: str, times: int, partitions: int
 ) -> Collective:
-    _, operation, started = match[0], match[2], match[3]
-    sizes = [_nbytes(x) for x in _ARRAY.finditer(match[1])]
+    result, operation, started = match.groups()
+    sizes = [_nbytes(x) for x in _ARRAY.finditer(result)]
     # A start gives what goes in beside what comes out, of which it is never the larger part.
     if started and operation == "all-gather":
         size = sum(sorted(sizes)[len(sizes) // 2 :])
@@ -161,7 +161,7 @@ def _collective(
 
 
 def _nbytes(array: re.Match) -> float:
-    kind, bits, sizes = array[1], array[2], array[3]
+    kind, bits, sizes = array.groups()
     width = 1 if kind == "pred" else int(bits or 0) / 8
     return width * math.prod(int(size) for size in sizes.split(",") if size)
 
