@@ -1,6 +1,7 @@
 """`paxo plan` as a whole: its record, its page, its command."""
 
 import json
+import shlex
 
 import pytest
 
@@ -115,6 +116,16 @@ def test_the_command_plans_a_file_with_overrides(tmp_path, capsys, request):
     assert made["time"]["steps"] == 7
     assert (made["layout"]["data"], made["layout"]["fsdp"]) == (1, 2)
     assert "7 steps take at least" in capsys.readouterr().out
+
+
+def test_the_readmes_command_can_be(tmp_path, capsys, request):
+    """Its figures are those of `pods_test`, which compiles it: here only that it is no refusal."""
+    readme = (request.config.rootpath / "README.md").read_text().replace("\\\n", " ")
+    command = next(line for line in readme.splitlines() if line.startswith("paxo plan "))
+    _, verb, file, *flags = shlex.split(command)
+    flags += ["--compile", 0, "--out", tmp_path]
+    assert paxo(verb, request.config.rootpath / file, *flags) == 0
+    assert "llama3-8b fits v5e:16x16" in capsys.readouterr().out
 
 
 def test_the_command_refuses_what_cannot_be(tmp_path, capsys, request):
