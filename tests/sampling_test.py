@@ -217,6 +217,39 @@ def test_decoding_ends_with_the_last_row_that_is_done():
         assert len(STEPS) == steps
 
 
+# --- the cache -------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_computed_once_for_all_its_candidates():
+    policy, params = tiny_policy()
+    prompts = made_prompts()
+    prefill = jax.jit(policy.decode.prefill, static_argnums=(3, 4))
+
+    def flops(times, candidates):
+        tokens, lengths = (jnp.repeat(x, times, 0) for x in (prompts.tokens, prompts.lengths))
+        lowered = prefill.lower(params, tokens, lengths, candidates, T)
+        return lowered.cost_analysis()["flops"]
+
+    one = flops(1, 1)
+    assert flops(1, 16) == pytest.approx(one, rel=0.01)
+    assert flops(16, 1) == pytest.approx(16 * one, rel=0.1)
+
+
+def test_the_cache_lies_over_the_mesh():
+    policy, params = tiny_policy()
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, param_shardings(policy.logical_axes, params, mesh))
+    prompts = made_prompts()
+    prefill = jax.jit(policy.decode.prefill, static_argnums=(3, 4))
+    with jax.set_mesh(mesh):
+        cache, _ = prefill(placed, prompts.tokens, prompts.lengths, 3, T)
+    assert len(cache.layers) == 4  # keys and values of the prompts and of what is drawn
+    for x in cache.layers:
+        # Layers, rows over data and fsdp, heads of keys over tensor, positions, numbers of a head.
+        parts = [whole / part for whole, part in zip(x.shape, x.sharding.shard_shape(x.shape))]
+        assert parts == [1, 4, 2, 1, 1], (x.shape, x.sharding)
+
+
 # --- random keys ------------------------------------------------------------------------------
 
 
