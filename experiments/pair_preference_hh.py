@@ -13,6 +13,7 @@ on the verdict's token gives its logit; as a judge, which asks in both orders to
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -62,20 +63,18 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def shown(record: Record) -> Iterator[dict[str, str]]:
-    """Both orders of a pair: prompts that show two replies, with the right verdict and the wrong.
+    """Both orders of each pair of unequal grades: what shows two replies, and the right verdict.
 
     >>> rows = list(shown(Record("2+2?", ("4", "5"), (1.0, 0.0))))
     >>> [(row["chosen"], row["rejected"], row["prompt"].find("4")) for row in rows]
     [('A', 'B', 19), ('B', 'A', 35)]
     """
-    better, worse = map(plain_text, record.completions)
-    prompt = dialogue(record)
-    for a, b, right, wrong in ((better, worse, "A", "B"), (worse, better, "B", "A")):
-        yield {
-            "prompt": PAIR_TEMPLATE.format(prompt=prompt, a=a, b=b),
-            "chosen": right,
-            "rejected": wrong,
-        }
+    prompt, replies = dialogue(record), list(map(plain_text, record.completions))
+    for (a, grade), (b, other) in itertools.permutations(zip(replies, record.labels), 2):
+        if grade != other:
+            right, wrong = ("A", "B") if grade > other else ("B", "A")
+            text = PAIR_TEMPLATE.format(prompt=prompt, a=a, b=b)
+            yield {"prompt": text, "chosen": right, "rejected": wrong}
 
 
 def dialogue(record: Record) -> str:
