@@ -1,15 +1,21 @@
-"""A pairwise preference model on Anthropic's pairs: it reads both replies, and says A or B.
+"""A pairwise preference model: it reads both replies, and says A or B.
 
-    paxo run experiments/pair_preference_hh.py --set data.path=pairs_hh_harmless \\
-        model.path=model_stories260k optimizer.learning_rate=1e-3 \\
-        train.num_steps=100 data.limits.max_prompt=256
+    paxo run experiments/pair_preference_hh.py --set data.path=lists_alpaca_eval \\
+        data.max_records=100 data.limits.max_prompt=256 data.row_length=512 \\
+        model.path=model_stories260k optimizer.learning_rate=1e-3 train.num_steps=150
 
-Each pair is shown in both orders (Dong et al. 2024, arXiv:2405.07863), so that a model which minds
-the order alone is right half of the time. Held-out prompts are set apart before that. A linear head
-on the verdict's token gives its logit; as a judge, which asks in both orders too:
+Each pair, of a list each of unequal grades, is shown in both orders (Dong et al. 2024,
+arXiv:2405.07863), so that a model which minds the order alone is right half of the time. Prompts
+are set apart before that. A linear head on the verdict's token gives its logit; as a judge, which
+asks in both orders too:
 
     scorer = CompletionScorer(policy, load_heads(params, "heads.safetensors"), tokenizer, shape)
     judge = PairModelJudge(VerdictScorer(scorer))
+
+These flags, a 260K-parameter model that knew only children's stories, 720 held-out comparisons of
+nine replies to each of ten prompts, minutes on two CPU cores: accuracy 0.493 before and 0.636 after
+(95 % interval 0.601 to 0.674, were they independent). On `pairs_hh_harmless`, without
+`data.max_records`, 0.500 before and 0.527 after (0.476 to 0.578): no better than chance.
 """
 
 import dataclasses

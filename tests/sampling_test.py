@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paxo.data.tokenise import load_tokenizer
+from paxo.models.policy import make_policy
+from paxo.models.pretrained import load_params, read_config
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.sampling import SamplingConfig, filtered, make_mixture_sampler, make_sampler
 from paxo.sampling.decoding import check_prompts
@@ -278,6 +281,45 @@ def test_tokens_on_a_mesh_are_those_of_one_device(sizes):
     even = sampled(made_prompts((3,) * 8), params=placed, mesh=mesh, top_p=0.9)
     assert len(even.tokens.sharding.device_set) == 8
     assert not even.tokens.sharding.is_fully_replicated
+
+
+@pytest.mark.slow
+def test_no_text_of_a_real_model_depends_on_what_it_is_drawn_with(shared_data):
+    folder = shared_data / "model_stories260k"
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    policy, params = make_policy(config), load_params(folder, config)
+    starts = (
+        "Once upon a time",
+        "Lily and Tom went to the park. They saw",
+        "The",
+        "One day, a dog",
+    )
+    ends = ("", " and", " who", " in", " but", " with", " as", " so")
+    ids = [tokenizer.encode_prompt(start + end) for start in starts for end in ends]
+
+    def draw(chosen, width=24, candidates=8, mesh=None, length=32):
+        own = params
+        if mesh is not None:
+            own = jax.device_put(params, param_shardings(policy.logical_axes, params, mesh))
+        tokens = np.zeros((len(chosen), width), np.int32)
+        for row, i in zip(tokens, chosen):
+            row[: len(ids[i])] = ids[i]
+        prompts = PromptBatch(tokens, np.array([len(ids[i]) for i in chosen]), np.array(chosen))
+        settings = SamplingConfig(max_new_tokens=length, num_candidates=candidates)
+        sampler = make_sampler(policy, settings, tokenizer.stop_ids, mesh=mesh)
+        out = sampler(own, prompts, jax.random.key(7))
+        return np.where(out.mask, out.tokens, -1)[..., :32]
+
+    every = list(range(len(ids)))
+    whole = draw(every)
+    assert whole.shape == (32, 8, 32)
+    in_parts = np.concatenate([draw(every[i : i + 8]) for i in range(0, 32, 8)])
+    np.testing.assert_array_equal(in_parts, whole)
+    np.testing.assert_array_equal(draw(every[::-1], width=64)[::-1], whole)
+    np.testing.assert_array_equal(draw(every, candidates=2), whole[:, :2])
+    np.testing.assert_array_equal(draw(every, length=48), whole)
+    for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        np.testing.assert_array_equal(draw(every, mesh=make_mesh(**sizes)), whole)
 
 
 def test_candidates_and_keys_differ_and_the_same_key_repeats():
