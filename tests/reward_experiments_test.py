@@ -1,4 +1,4 @@
-"""`reward_model_hh.py` and `preference_model_hh.py`: trained, exported, used as judges."""
+"""Reward and preference models of `experiments/`: trained, exported, used as judges."""
 
 import jax
 import numpy as np
@@ -6,11 +6,11 @@ import pytest
 
 from paxo.data.row_shape import RowShape
 from paxo.data.tokenise import load_tokenizer
-from paxo.judges import CheckedJudge, EmbeddingJudge, RewardJudge
+from paxo.judges import CheckedJudge, EmbeddingJudge, PairModelJudge, RewardJudge
 from paxo.models.heads import with_heads
 from paxo.models.policy import make_policy
 from paxo.models.pretrained import load_params, read_config
-from paxo.reward_scoring import CompletionScorer, load_heads
+from paxo.reward_scoring import CompletionScorer, VerdictScorer, load_heads
 from tests.made_run import PROJECT, paxo, results
 
 FLAGS = [
@@ -22,12 +22,17 @@ FLAGS = [
 ]
 
 
+def pair_judge(scorer):
+    return PairModelJudge(VerdictScorer(scorer))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "head", "output", "judge"),
     [
         ("reward_model_hh", "scores", "scores", RewardJudge),
         ("preference_model_hh", "embeddings:6", "embeddings", EmbeddingJudge),
+        ("pair_preference_hh", "scores", "scores", pair_judge),
     ],
 )
 def test_a_run_leaves_a_model_that_judges(shared_data, tmp_path, name, head, output, judge):
@@ -44,7 +49,7 @@ def test_a_run_leaves_a_model_that_judges(shared_data, tmp_path, name, head, out
     heads = policy.init(jax.random.key(9))["heads"]
     params = {**load_params(tmp_path / "export", config), "heads": heads}
     params = load_heads(params, tmp_path / "export" / "heads.safetensors")
-    shape = RowShape(length=96, slots=64, groups=4, candidates=2, max_completion=32)
+    shape = RowShape(length=192, slots=64, groups=4, candidates=2, max_completion=32)
     tokenizer = load_tokenizer(tmp_path / "export")
     scorer = CompletionScorer(policy, params, tokenizer, shape, output)
     p = CheckedJudge(judge(scorer))(["Hello, dog."], [[" Yes, I do.", " No."]])

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paxo.data.tokenise import load_tokenizer
+from paxo.models.policy import make_policy
+from paxo.models.pretrained import load_params, read_config
 from paxo.models.sharding import make_mesh, param_shardings
 from paxo.sampling import SamplingConfig, filtered, make_mixture_sampler, make_sampler
 from paxo.sampling.decoding import check_prompts
@@ -217,6 +220,39 @@ def test_decoding_ends_with_the_last_row_that_is_done():
         assert len(STEPS) == steps
 
 
+# --- the cache -------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_computed_once_for_all_its_candidates():
+    policy, params = tiny_policy()
+    prompts = made_prompts()
+    prefill = jax.jit(policy.decode.prefill, static_argnums=(3, 4))
+
+    def flops(times, candidates):
+        tokens, lengths = (jnp.repeat(x, times, 0) for x in (prompts.tokens, prompts.lengths))
+        lowered = prefill.lower(params, tokens, lengths, candidates, T)
+        return lowered.cost_analysis()["flops"]
+
+    one = flops(1, 1)
+    assert flops(1, 16) == pytest.approx(one, rel=0.01)
+    assert flops(16, 1) == pytest.approx(16 * one, rel=0.1)
+
+
+def test_the_cache_lies_over_the_mesh():
+    policy, params = tiny_policy()
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, param_shardings(policy.logical_axes, params, mesh))
+    prompts = made_prompts()
+    prefill = jax.jit(policy.decode.prefill, static_argnums=(3, 4))
+    with jax.set_mesh(mesh):
+        cache, _ = prefill(placed, prompts.tokens, prompts.lengths, 3, T)
+    assert len(cache.layers) == 4  # keys and values of the prompts and of what is drawn
+    for x in cache.layers:
+        # Layers, rows over data and fsdp, heads of keys over tensor, positions, numbers of a head.
+        parts = [whole / part for whole, part in zip(x.shape, x.sharding.shard_shape(x.shape))]
+        assert parts == [1, 4, 2, 1, 1], (x.shape, x.sharding)
+
+
 # --- random keys ------------------------------------------------------------------------------
 
 
@@ -245,6 +281,45 @@ def test_tokens_on_a_mesh_are_those_of_one_device(sizes):
     even = sampled(made_prompts((3,) * 8), params=placed, mesh=mesh, top_p=0.9)
     assert len(even.tokens.sharding.device_set) == 8
     assert not even.tokens.sharding.is_fully_replicated
+
+
+@pytest.mark.slow
+def test_no_text_of_a_real_model_depends_on_what_it_is_drawn_with(shared_data):
+    folder = shared_data / "model_stories260k"
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    policy, params = make_policy(config), load_params(folder, config)
+    starts = (
+        "Once upon a time",
+        "Lily and Tom went to the park. They saw",
+        "The",
+        "One day, a dog",
+    )
+    ends = ("", " and", " who", " in", " but", " with", " as", " so")
+    ids = [tokenizer.encode_prompt(start + end) for start in starts for end in ends]
+
+    def draw(chosen, width=24, candidates=8, mesh=None, length=32):
+        own = params
+        if mesh is not None:
+            own = jax.device_put(params, param_shardings(policy.logical_axes, params, mesh))
+        tokens = np.zeros((len(chosen), width), np.int32)
+        for row, i in zip(tokens, chosen):
+            row[: len(ids[i])] = ids[i]
+        prompts = PromptBatch(tokens, np.array([len(ids[i]) for i in chosen]), np.array(chosen))
+        settings = SamplingConfig(max_new_tokens=length, num_candidates=candidates)
+        sampler = make_sampler(policy, settings, tokenizer.stop_ids, mesh=mesh)
+        out = sampler(own, prompts, jax.random.key(7))
+        return np.where(out.mask, out.tokens, -1)[..., :32]
+
+    every = list(range(len(ids)))
+    whole = draw(every)
+    assert whole.shape == (32, 8, 32)
+    in_parts = np.concatenate([draw(every[i : i + 8]) for i in range(0, 32, 8)])
+    np.testing.assert_array_equal(in_parts, whole)
+    np.testing.assert_array_equal(draw(every[::-1], width=64)[::-1], whole)
+    np.testing.assert_array_equal(draw(every, candidates=2), whole[:, :2])
+    np.testing.assert_array_equal(draw(every, length=48), whole)
+    for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        np.testing.assert_array_equal(draw(every, mesh=make_mesh(**sizes)), whole)
 
 
 def test_candidates_and_keys_differ_and_the_same_key_repeats():

@@ -3,7 +3,8 @@
 `supervise` goes into namespaces of its own where the system has them, starts `execute` under
 resource limits in a folder of its own, reads its output up to a bound and kills it at the time
 limit. `execute` refuses sockets, processes and writes elsewhere by an audit hook, runs the code and
-then the tests, and says how it went. Both are started by `paxo.judges.sandbox` as scripts.
+then the tests, and says how it went through another hook, which holds what the supervisor takes for
+a verdict where the code cannot read it. Both are started by `paxo.judges.sandbox` as scripts.
 """
 
 import contextlib
@@ -234,15 +235,14 @@ def watch(
     }
 
 
-def judge_end(verdict: bytes, job: dict[str, Any], status: int, late: bool) -> dict[str, str]:
+def judge_end(verdict: bytes, job: dict[str, Any], ended: int, late: bool) -> dict[str, str]:
     """`{status, detail}` from what the child said and how it ended."""
-    try:
-        said = json.loads(verdict)
-        if said["token"] == job["token"]:
-            return {"status": said["status"], "detail": said["detail"]}
-    except (ValueError, TypeError, KeyError):
-        pass
-    code = os.waitstatus_to_exitcode(status)
+    word, _, rest = verdict.decode(errors="replace").partition(" ")
+    if word == "passed" and rest == job["token"]:
+        return {"status": "passed", "detail": ""}
+    if word in ("failed", "error"):  # whoever says so is believed
+        return {"status": word, "detail": rest}
+    code = os.waitstatus_to_exitcode(ended)
     if job["namespaces"] and code > 128:
         code = 128 - code
     if late or code == -signal.SIGXCPU:
@@ -262,35 +262,85 @@ def execute() -> None:
     os.close(nothing)
     os.set_inheritable(VERDICT, False)
     sys.argv = ["candidate"]
-    module = types.ModuleType("candidate")
-    sys.modules["candidate"] = module
-    # Bound here, before the code can put something else in their places.
-    answer = _answerer(job.pop("token"), os.write, os._exit, json.dumps)
-    run, assertion = exec, AssertionError
-    stage = "code"
-    sys.addaudithook(make_hook(os.path.realpath(job.pop("scratch"))))
+    refuse_unheard()
+    namespace = types.ModuleType("candidate")
+    sys.modules["candidate"] = namespace
+    # Bound here, before the code can put something else in their places. It can reach this frame,
+    # which therefore holds neither the token nor, until they run, the tests.
+    run, say, write, leave, explain, assertion = (
+        exec, sys.audit, os.write, os._exit, describe, AssertionError,
+    )  # fmt: skip
+    program, namespace, tests = job["program"], namespace.__dict__, []
+    sys.addaudithook(make_referee(sys._getframe(), job["token"], job["tests"]))
+    sys.addaudithook(make_hook(os.path.realpath(job["scratch"])))
+    del job
     try:
-        tests = compile(job.pop("tests"), "<tests>", "exec")
-        code = compile(job.pop("program"), "<code>", "exec")
-        run(code, module.__dict__)
-        stage = "tests"
-        run(tests, module.__dict__)
+        run(compile(program, "<code>", "exec"), namespace)
+        say("paxo.tests", tests)
+        run(tests[0], namespace) or flush() or say("paxo.passed")
     except BaseException as error:
-        status = "failed" if stage == "tests" and isinstance(error, assertion) else "error"
-        answer(status, f"{stage}: {describe(error)}")
-    answer("passed", "")
-
-
-def _answerer(
-    token: str, write: Callable, leave: Callable, dump: Callable
-) -> Callable[[str, str], None]:
-    def answer(status: str, detail: str) -> None:
-        with contextlib.suppress(BaseException):  # what cannot be printed is not printed
-            sys.stdout.flush()
-        write(VERDICT, dump({"token": token, "status": status, "detail": detail}).encode())
+        flush()
+        word = "failed" if tests and isinstance(error, assertion) else "error"
+        stage = "tests" if tests else "code"
+        write(VERDICT, f"{word} {stage}: {explain(error)}".encode(errors="replace"))
         leave(0)
+    leave(1)
 
-    return answer
+
+def flush() -> None:
+    """What the code has printed and Python still holds."""
+    with contextlib.suppress(BaseException):  # what cannot be printed is not printed
+        sys.stdout.flush()
+
+
+def make_referee(trusted: types.FrameType, token: str, tests: str) -> Callable[[str, tuple], None]:
+    """An audit hook that hands the tests over and says that they passed, for one frame alone.
+
+    The interpreter holds the hook and gives it to nobody. "paxo.tests" puts the compiled tests into
+    a list; "paxo.passed" sends the token and ends the process. It is heeded only in the line that
+    has run these tests, so they have come to their end: what is called in this frame on an error,
+    when an object goes or a signal comes, stands in another line.
+    """
+    frame_of, trace, write, leave = sys._getframe, sys.settrace, os.write, os._exit
+    verdict, line = VERDICT, 0
+    try:
+        ready: Any = compile(tests, "<tests>", "exec")
+    except Exception:
+        ready = tests  # running them says what is wrong
+
+    def referee(event: str, arguments: tuple) -> None:
+        nonlocal line
+        if event not in ("paxo.tests", "exec", "paxo.passed"):
+            return
+        try:
+            if frame_of(1) is not trusted:
+                return
+            if event == "paxo.tests":
+                arguments[0].append(ready)
+                trace(None)  # or else the tests could be led past their lines
+            elif event == "exec" and arguments[0] is ready:
+                line = line or trusted.f_lineno
+            elif event == "paxo.passed" and trusted.f_lineno == line:
+                write(verdict, f"passed {token}".encode())
+                leave(0)
+        except:  # noqa: E722  an error's traceback would show this frame, and names can be replaced
+            return
+
+    return referee
+
+
+def refuse_unheard() -> None:
+    """Puts refusals in the place of functions of `os` that the audit hook does not hear of."""
+    import posix
+
+    for name in ("mkfifo", "mknod", "pidfd_open"):
+        if hasattr(posix, name):
+
+            def refused(*arguments: Any, name: str = name, **named: Any) -> None:
+                raise PermissionError(f"code under test may not do this: os.{name} {arguments!r}")
+
+            setattr(os, name, refused)
+            setattr(posix, name, refused)
 
 
 def describe(error: BaseException) -> str:
@@ -311,23 +361,27 @@ REFUSED = {
     "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn",
     "os.startfile", "os.system", "pty.spawn", "resource.prlimit", "resource.setrlimit",
     "signal.pthread_kill", "subprocess.Popen", "ctypes.call_function", "ctypes.dlsym",
-    "ctypes.dlsym/handle",
+    "ctypes.dlsym/handle", "ctypes.cdata", "ctypes.string_at", "ctypes.wstring_at",
+    # What shows every object and every thread.
+    "gc.get_objects", "gc.get_referents", "gc.get_referrers", "sys._current_frames",
+    "sys._current_exceptions",
 }  # fmt: skip
-# Event -> (number of leading paths, place of each one's folder descriptor or None).
+# Event -> (place of a path among its arguments, place of its folder's descriptor or None) each.
 PATHS = {
-    "os.chflags": (1, (None,)),
-    "os.chmod": (1, (2,)),
-    "os.chown": (1, (3,)),
-    "os.link": (2, (2, 3)),
-    "os.mkdir": (1, (2,)),
-    "os.remove": (1, (1,)),
-    "os.removexattr": (1, (None,)),
-    "os.rename": (2, (2, 3)),
-    "os.rmdir": (1, (1,)),
-    "os.setxattr": (1, (None,)),
-    "os.truncate": (1, (None,)),
-    "os.utime": (1, (3,)),
-    "sqlite3.connect": (1, (None,)),
+    "os.chflags": ((0, None),),
+    "os.chmod": ((0, 2),),
+    "os.chown": ((0, 3),),
+    "os.link": ((0, 2), (1, 3)),
+    "os.mkdir": ((0, 2),),
+    "os.remove": ((0, 1),),
+    "os.removexattr": ((0, None),),
+    "os.rename": ((0, 2), (1, 3)),
+    "os.rmdir": ((0, 1),),
+    "os.setxattr": ((0, None),),
+    "os.symlink": ((1, 2),),
+    "os.truncate": ((0, None),),
+    "os.utime": ((0, 3),),
+    "sqlite3.connect": ((0, None),),
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -335,10 +389,12 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def make_hook(scratch: str) -> Callable[[str, tuple], None]:
     """An audit hook that refuses sockets, processes, native code and changes outside `scratch`.
 
-    It is no wall: native code that Python calls without an event passes it.
+    Also memory, environment and command line of processes, its own memory too. It is no wall:
+    native code that Python calls without an event passes it.
     """
-    realpath, fsdecode, readlink = os.path.realpath, os.fsdecode, os.readlink
+    realpath, fsdecode, readlink, isabs = os.path.realpath, os.fsdecode, os.readlink, os.path.isabs
     join, prefix = os.path.join, scratch.rstrip(os.sep) + os.sep
+    own, testing = realpath("/proc/self") + os.sep, False
 
     def inside(path: Any, folder: Any) -> bool:
         if isinstance(path, int):  # an open file: it was checked when it was opened
@@ -351,20 +407,33 @@ def make_hook(scratch: str) -> Callable[[str, tuple], None]:
         path = realpath(path)
         return path == scratch or path.startswith(prefix)
 
+    def may_open(path: Any, mode: Any, flags: int) -> bool:
+        if isinstance(path, int):
+            return True
+        name = fsdecode(path)
+        if mode is None and not isabs(name):  # `os.open` does not say of which folder
+            return not flags & WRITING and name.rpartition(os.sep)[2] not in ("mem", "environ")
+        if flags & WRITING:
+            return inside(path, None)
+        name = realpath(name)
+        of_process = name.startswith("/proc/") and name[6:7].isdigit()
+        return not of_process or (name.startswith(own) and not name.endswith("/mem"))
+
     def hook(event: str, arguments: tuple) -> None:
+        nonlocal testing
+        testing = testing or event == "paxo.tests"
         if event == "open":
-            path, _, flags = arguments
-            allowed = not (flags & WRITING) or inside(path, None)
+            allowed = may_open(*arguments)
         elif event in PATHS:
-            number, folders = PATHS[event]
             allowed = all(
-                inside(arguments[i], None if at is None else arguments[at])
-                for i, at in zip(range(number), folders)
+                inside(arguments[path], None if folder is None else arguments[folder])
+                for path, folder in PATHS[event]
             )
         elif event == "ctypes.dlopen":
             allowed = arguments[0] is None  # what `import ctypes` does
         else:
             allowed = event not in REFUSED and not event.startswith("socket.")
+            allowed = allowed and not (testing and event == "sys.settrace")
         if not allowed:
             raise PermissionError(f"code under test may not do this: {event} {arguments!r:.200}")
 

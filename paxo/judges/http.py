@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import email.utils
 import http.client
 import json
 import logging
@@ -9,6 +10,7 @@ import os
 import random
 import socket
 import threading
+import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -164,9 +166,10 @@ class Endpoint:
             raise _TryLater(f"status 200, but no chat completion: {text[:300]!r}") from None
         if content is not None and not isinstance(content, str):
             raise _TryLater(f"status 200, but its content is no text: {text[:300]!r}")
-        return content or ""
+        # Half of a surrogate pair can stand in JSON, but in no file.
+        return (content or "").encode(errors="replace").decode()
 
-    def _post(self, body: bytes, key: str | None) -> tuple[int, Mapping[str, str], bytes]:
+    def _post(self, body: bytes, key: str | None) -> tuple[int, http.client.HTTPMessage, bytes]:
         """Status, headers and content of one request, within the time limit as a whole."""
         parts = urllib.parse.urlsplit(self.url)
         secure = parts.scheme == "https"
@@ -192,6 +195,8 @@ class Endpoint:
         try:
             connection.connect()
             sockets.append(connection.sock)
+            if late.is_set():  # connecting took all the time, and `cut` has found no socket
+                raise TimeoutError
             query = f"?{parts.query}" if parts.query else ""
             connection.request("POST", path + query, body, headers)
             response = connection.getresponse()
@@ -205,7 +210,7 @@ class Endpoint:
             connection.close()
         if late.is_set():
             raise TimeoutError(f"no whole reply within {self.timeout_s} s")
-        return response.status, dict(response.headers), said
+        return response.status, response.headers, said
 
 
 class _TryLater(Exception):
@@ -217,5 +222,12 @@ class _TryLater(Exception):
 
 
 def _seconds(header: str | None) -> float:
-    """A Retry-After in seconds; 0 for a date or none."""
-    return float(header) if header is not None and header.strip().isdigit() else 0.0
+    """A Retry-After, which is a number or a date, in seconds from now; 0 for none or nonsense."""
+    try:
+        return float(header or 0)
+    except ValueError:
+        pass
+    try:
+        return email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+        return 0.0

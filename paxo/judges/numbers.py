@@ -209,14 +209,14 @@ def stated_answer(completion: str) -> str | None:
 
 def _last_box(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` whose braces close."""
-    starts = [match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]
-    for start in reversed(starts):
-        depth = 1
-        for at in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                return text[start:at]
-    return None
+    starts = {match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)}
+    opened, last, end = [], 0, 0
+    for match in re.finditer("[{}]", text):
+        if match[0] == "{":
+            opened.append(match.end())
+        elif opened and (start := opened.pop()) in starts and start > last:
+            last, end = start, match.start()
+    return text[last:end] if last else None
 
 
 def _numbers(text: str) -> list[Fraction]:

@@ -7,12 +7,16 @@ size. Elsewhere, and everywhere in addition: an audit hook of Python that refuse
 processes, native calls and changes of files outside the scratch folder. Everywhere: limits of
 memory, processor and wall time, file size and open files; an empty environment; output bounded.
 
-What is not held: files that this user can read are read. Without namespaces, code that reaches
-native functions past Python's audit events can open sockets, start processes and change this user's
-files. Tests run in the process of the code they test, so code written to deceive them (by objects
-that equal everything, say) can pass. The memory limit is for each process; the limit of processes
-needs namespaces and Linux 5.14, and does not bind root: then the time limit ends them. Where that
-is not enough, run the whole program in a container or a virtual machine.
+What is not held: files that this user can read are read, except memory and environment of other
+processes. Without namespaces, code that reaches native functions past Python's audit events can
+open sockets, start processes and change this user's files. Tests run in the process of the code
+they test. They are handed over when the code has run, and a pass is sent by a hook that no frame
+leads to; leaving early, forging an answer or skipping lines of the tests is no pass. Code written
+to deceive the tests themselves still can: by objects that equal everything, by builtins put in the
+place of others, by the constants of the function that calls it. So can native code, and code that
+interrupts the hook. The memory limit is for each process; the limit of processes needs namespaces
+and Linux 5.14, and does not bind root: then the time limit ends them. Where that is not enough, run
+the whole program in a container or a virtual machine.
 """
 
 import dataclasses

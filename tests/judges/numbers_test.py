@@ -1,8 +1,10 @@
 """The final number of a completion against the known one."""
 
+import gzip
 import json
 import math
 import random
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -183,6 +185,22 @@ def test_gsm8k_solutions_give_their_answers_and_those_of_others_do_not(shared_da
     check_endings([f"{int(row['answer']):,}" for row in problems[:300]], random.Random(1))
 
 
+def test_model_solutions_of_gsm8k_are_right_where_their_authors_found_them_so(shared_data):
+    with gzip.open(shared_data / "lists_gsm8k_solutions/lists.jsonl.gz", "rt") as lines:
+        problems = [json.loads(line) for line in lines]
+    judge = AnswerJudge(known_answers(problems))
+    scores = judge.scores([r["prompt"] for r in problems], [r["responses"] for r in problems])
+    np.testing.assert_array_equal(scores, [row["scores"] for row in problems])
+    assert scores.shape == (1055, 4)
+
+
+def test_many_boxes_that_never_close_cost_no_square_of_their_number():
+    start = time.process_time()
+    assert stated_answer("\\boxed{" * 20_000) is None
+    assert stated_answer("{" + "\\boxed{" * 20_000 + "4}") == "4"
+    assert time.process_time() - start < 2  # 0.1; a scan from each would take minutes
+
+
 def test_mawps_answers_are_found_at_the_end_of_a_completion(shared_data):
     problems = rows(shared_data, "verify_mawps/problems.jsonl")
     judge = AnswerJudge(known_answers(problems))
@@ -200,8 +218,6 @@ def test_mawps_answers_are_found_at_the_end_of_a_completion(shared_data):
 
 @pytest.mark.slow
 def test_all_gsm8k_training_solutions_give_their_answers(shared_data):
-    import gzip
-
     with gzip.open(shared_data / "verify_gsm8k/train.jsonl.gz", "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     judge = AnswerJudge(known_answers(problems))
