@@ -23,8 +23,8 @@ from tests.training.placed import MESHES, PUBLISHED, assert_same_step, step_on
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-# One step for all objectives together.
-STEP = "published:2x2x2"
+# All objectives together where hosts have other rows each, one where they share them.
+STEPS = ("published:2x2x2", "dpo:1x1x8")
 
 
 def free_port() -> int:
@@ -88,7 +88,7 @@ def found_by_pair(folder, *names):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, quick_compiles):  # noqa: F811
     folder = tmp_path_factory.mktemp("pair")
-    results, outputs = found_by_pair(folder, STEP)
+    results, outputs = found_by_pair(folder, *STEPS)
     return folder, results, outputs
 
 
@@ -96,10 +96,11 @@ def one_device():
     return make_mesh(devices=jax.devices()[:1])
 
 
-def test_loss_and_gradient_are_those_of_one_device(pair):
+@pytest.mark.parametrize("name", STEPS)
+def test_loss_and_gradient_are_those_of_one_device(pair, name):
     _, results, _ = pair
     for found in results:
-        assert_same_step(found["steps"][STEP], step_on(one_device(), "published"))
+        assert_same_step(found["steps"][name], step_on(one_device(), name.partition(":")[0]))
 
 
 def test_processes_that_hold_the_same_rows_have_the_same_share(pair):
@@ -179,9 +180,9 @@ def test_a_failure_of_process_0_is_that_of_all(pair):
 
 @pytest.mark.slow
 def test_loss_and_gradient_of_each_objective_are_those_of_one_device(tmp_path):
-    # On every mesh: hosts with other rows each, and hosts that share a row.
-    meshes = ["x".join(map(str, sizes)) for sizes in MESHES]
-    names = [f"{name}:{sizes}" for name in PUBLISHED for sizes in meshes]
+    # Hosts with other rows each, and hosts that share a row; all together on every mesh.
+    names = [f"{name}:{sizes}" for name in PUBLISHED for sizes in ("2x2x2", "1x1x8")]
+    names += ["published:" + "x".join(map(str, sizes)) for sizes in MESHES]
     for found in found_by_pair(tmp_path, *names)[0]:
         for name in names:
             wanted = step_on(one_device(), name.partition(":")[0])
