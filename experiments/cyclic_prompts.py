@@ -40,7 +40,6 @@ from paxo.loading import Model
 from paxo.online import Draw, Drawer, Prompt, RoundSettings, method
 from paxo.online.collect import Judges
 from paxo.rounds import EvaluationSettings, SelfPlay
-from paxo.rows import from_first
 from paxo.sampling import SamplingConfig
 from paxo.training.optimizers import AdamW
 
@@ -242,7 +241,7 @@ def prompt_of(number: int) -> str:
 def first_model(settings: Cyclic, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> Model:
     """The decoder after supervised training, which is done once in a run folder."""
     folder = workdir / "tokenizer"
-    from_first(lambda: save_word_tokenizer(folder, vocabulary()))
+    save_word_tokenizer(folder, vocabulary())
     chosen = dataclasses.replace(settings.model, tokenizer=str(folder))
     made = loading.load_model(chosen, mesh, settings.rounds.seed)
     rng = np.random.default_rng([settings.rounds.seed, 1])

@@ -34,7 +34,10 @@ from paxo.evaluation.report import plot_reward_kl, print_table, write_results
 from paxo.evaluation.win_rate import win_rate
 from paxo.experiment import DataSettings, Experiment, ModelSettings, TrainSettings
 from paxo.judges import RuleJudge
-from paxo.sampling import SamplingConfig, make_sampler
+from paxo.online import Draw, Prompt
+from paxo.online import Drawer as PromptDrawer
+from paxo.rows import from_all, from_first, own_rows
+from paxo.sampling import SamplingConfig
 from paxo.scoring import FixedScorer, attach_logps, make_scorer
 from paxo.training.optimizers import AdamW
 
@@ -111,14 +114,16 @@ def run(settings: Quickstart, workdir: pathlib.Path) -> None:
         model.params,
         paxo.objective("nll"),
         settings.sft_optimizer,
-        rows_of(tokenise(reviews(settings), model.tokenizer).groups, settings, settings.sft_train),
+        rows_of(
+            tokenise(reviews(settings), model.tokenizer).groups, settings, settings.sft_train, mesh
+        ),
         settings.sft_train,
         mesh,
         workdir / "sft",
         name="SFT",
     )
     reference = paxo.snapshot(sft.params)
-    draw = Drawer(model, settings, jax.random.key(settings.train.seed + 1))
+    draw = Drawer(model, settings, mesh, jax.random.key(settings.train.seed + 1))
     pairs = labelled_pairs(draw, reference, pair_prompts, settings.num_candidates)
     logger.info("%d of %d prompts gave a pair", len(pairs), len(pair_prompts))
     scorer = make_scorer(model.policy, reference, mesh=mesh)
@@ -135,7 +140,7 @@ def run(settings: Quickstart, workdir: pathlib.Path) -> None:
         reference,
         settings.objective,
         settings.optimizer,
-        rows_of(pairs, settings, settings.train),
+        rows_of(pairs, settings, settings.train, mesh),
         settings.train,
         mesh,
         workdir,
@@ -144,7 +149,7 @@ def run(settings: Quickstart, workdir: pathlib.Path) -> None:
         name="DPO",
     )
     before, after = figures(params=reference), figures(params=state.params)
-    report(workdir, draw, opponent, before, after, start)
+    from_first(lambda: report(workdir, draw, opponent, before, after, start))
     artifacts.export_model(
         state.params, model.config, workdir / "export", model.tokenizer, model.folder
     )
@@ -228,58 +233,54 @@ def make_model(
     return made
 
 
-def rows_of(groups: list[TokenGroup], settings: Quickstart, train: TrainSettings) -> Batches:
-    """The groups as packed batches."""
+def rows_of(
+    groups: list[TokenGroup], settings: Quickstart, train: TrainSettings, mesh: jax.sharding.Mesh
+) -> Batches:
+    """The groups as packed batches, this process's rows of them."""
     shape = loading.row_shape(groups, settings.data, settings.model.config)
-    return loading.batches(loading.Data(groups, [], shape), settings.data, train)
+    return loading.batches(loading.Data(groups, [], shape), settings.data, train, mesh)
 
 
 class Drawer:
-    """Draws completions in batches of one shape, and reads them as words."""
+    """Draws completions, each process for its share of the prompts, and reads them as words."""
 
-    BATCH = 128
-
-    def __init__(self, model: loading.Model, settings: Quickstart, key: jax.Array):
+    def __init__(
+        self,
+        model: loading.Model,
+        settings: Quickstart,
+        mesh: jax.sharding.Mesh,
+        key: jax.Array,
+    ):
         self.model, self.settings, self.key = model, settings, key
-        self.samplers = {}
+        config = SamplingConfig(settings.max_new_tokens)
+        self._draw = PromptDrawer(
+            model.policy, config, model.tokenizer.stop_ids, mesh=mesh, batch_size=128
+        )
 
     def __call__(
         self, params, prompts: list[list[int]], candidates: int, salt: int
     ) -> list[TokenGroup]:
         """A group of `candidates` completions for each prompt; another `salt`, other draws."""
-        if candidates not in self.samplers:
-            config = SamplingConfig(self.settings.max_new_tokens, candidates)
-            self.samplers[candidates] = make_sampler(
-                self.model.policy, config, self.model.tokenizer.stop_ids
-            )
-        groups = []
-        for start in range(0, len(prompts), self.BATCH):
-            some = prompts[start : start + self.BATCH]
-            batch = artifacts.prompt_batch(some + [some[-1]] * (self.BATCH - len(some)))
-            batch = dataclasses.replace(batch, ids=batch.ids + start)
-            drawn = jax.device_get(
-                self.samplers[candidates](params, batch, jax.random.fold_in(self.key, salt))
-            )
-            for b, prompt in enumerate(some):
-                groups.append(self._group(drawn, b, prompt, start + b))
-        return groups
+        asked = [Prompt(np.array(ids, np.int32), i) for i, ids in enumerate(prompts)]
+        key = jax.random.fold_in(self.key, salt)
+        drawn = self._draw(Draw("policy", candidates), {"policy": params}, asked, key)
+        return list(map(self._group, asked, drawn.tokens, drawn.finished))
 
     def words(self, tokens: np.ndarray) -> list[str]:
         """Words of a completion, without its stop token."""
         return self.model.tokenizer.tokenizer.decode(tokens, skip_special_tokens=True).split()
 
-    def _group(self, drawn: paxo.Completions, b: int, prompt: list[int], index: int) -> TokenGroup:
-        completions = tuple(t[m].astype(np.int32) for t, m in zip(drawn.tokens[b], drawn.mask[b]))
-        finished = tuple(bool(x) for x in drawn.finished[b])
-        rewards = tuple(true_reward(self.words(c)) for c in completions)
+    def _group(
+        self, prompt: Prompt, completions: list[np.ndarray], finished: np.ndarray
+    ) -> TokenGroup:
         return TokenGroup(
-            np.array(prompt, np.int32),
-            completions,
-            finished,
-            rewards,
+            prompt.ids,
+            tuple(completions),
+            tuple(map(bool, finished)),
+            tuple(true_reward(self.words(c)) for c in completions),
             {},
-            index,
-            f"sample {index + 1}",
+            prompt.index,
+            f"sample {prompt.index + 1}",
         )
 
 
@@ -326,17 +327,18 @@ def evaluate(
     # One shape for all evaluations, so that the scorer compiles once.
     length = draw.settings.data.row_length
     shape = RowShape(length, length, length // 8, 1, draw.settings.max_new_tokens)
-    scorer = make_scorer(draw.model.policy, params, mesh=reference.mesh)
+    mesh = reference.mesh
+    scorer = make_scorer(draw.model.policy, params, mesh=mesh)
     rows = draw.settings.train.rows_per_batch
-    for batch in loading.heldout_batches(loading.Data([], groups, shape), rows):
-        ratio = np.asarray(scorer(batch)) - np.asarray(reference(batch))
+    for batch in loading.heldout_batches(loading.Data([], groups, shape), rows, mesh):
+        ratio = own_rows(scorer(batch), mesh) - own_rows(reference(batch), mesh)
         kls.append(ratio[batch.where])
     rewards = np.array([group.labels[0] for group in groups])
     return Figures(
         groups,
         rewards,
         float(rewards.mean()),
-        float(np.concatenate(kls).mean()),
+        float(from_all(np.concatenate(kls), mesh).mean()),
         float(np.mean([len(g.completions[0]) for g in groups])),
         float(np.mean([g.finished[0] for g in groups])),
     )

@@ -278,8 +278,9 @@ def run_file(
 ) -> None:
     """`paxo run`: runs an experiment file, or goes on with what is in `workdir`.
 
-    Several processes need a `workdir` that all of them see, or a bucket's address ("gs://..."): the
-    checkpoints then lie there, and metrics, logs and plots in `runs/<its last part>` on process 0.
+    Several processes need a `workdir` that all of them see, or a bucket's address ("gs://..."):
+    what a run goes on from (checkpoints, rounds, evaluations) then lies there, and the rest, logs
+    and plots and exports, in `runs/<its last part>` on process 0.
     """
     import jax
 
@@ -297,7 +298,7 @@ def run_file(
 
 
 def _local_folder(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder itself; of a bucket one on this machine, which says where checkpoints lie."""
+    """The folder itself; of a bucket one on this machine, which names the bucket."""
     from paxo.training.checkpoint import BUCKET
 
     if "://" not in str(workdir):

@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from paxo.experiment import Experiment, MeshSettings, ReferenceSettings
 from paxo.loading import Model, load_model
@@ -20,6 +20,8 @@ from paxo.scoring import FixedScorer, StoredScorer, attach_logps, make_scorer
 from paxo.types import Params, Policy, PreferenceBatch
 
 logger = logging.getLogger(__name__)
+
+HEAD = "reference_head"  # its name in `TrainState.frozen`
 
 
 def frozen_scorers(
@@ -139,4 +141,15 @@ def frozen_params(objective: Objective, scorers: dict[str, Any]) -> Params:
         return {}
     scorer = scorers[HIDDEN_ROLE]
     fixed = scorer.scorer if isinstance(scorer, StoredScorer) else scorer
-    return {"reference_head": fixed.policy.unembed(fixed.params)}
+    return {HEAD: fixed.policy.unembed(fixed.params)}
+
+
+def frozen_shardings(frozen: Params, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where what `frozen_params` gave lies on a mesh: split as the policy's own head is.
+
+    Args:
+        frozen: arrays, or their shapes, among which a head `[D, V]` may be.
+        mesh: of the training step.
+    """
+    heads = {name: x for name, x in frozen.items() if name == HEAD}
+    return param_shardings(dict.fromkeys(heads, ("embed", "vocab")), heads, mesh)

@@ -3,9 +3,11 @@
 Every process reads, packs and judges the rows of its own devices alone. The global array is put
 together of what each has (`place_rows`); what is computed from it comes back either as a process's
 own rows (`own_rows`) or whole, on all of them (`everywhere`). What the processes have on their
-hosts is put together by `from_all`, what they were told to do each by `from_each`.
+hosts is put together by `from_all`, what they were told to do each by `from_each`. Process 0 alone
+writes what people read (`written_by_first`).
 """
 
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -155,6 +157,21 @@ def from_each(call: Callable[[], Any]) -> list[Any]:
         parts.append(multihost_utils.process_allgather(data))
     whole = np.concatenate(parts, axis=1)
     return [_value(row[:size].tobytes()) for row, size in zip(whole, sizes)]
+
+
+def written_by_first(write: Callable[..., None]) -> Callable[..., None]:
+    """The function on process 0, nothing on the others; alone, a process starts no backend for it.
+
+    >>> written_by_first(print)("results")
+    results
+    """
+
+    @functools.wraps(write)
+    def on_first(*args: Any, **kwargs: Any) -> None:
+        if not jax.distributed.is_initialized() or jax.process_index() == 0:
+            write(*args, **kwargs)
+
+    return on_first
 
 
 def _outcome(call: Callable[[], Any]) -> bytes:

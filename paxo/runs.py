@@ -25,7 +25,7 @@ from paxo.evaluation.estimates import Estimate
 from paxo.evaluation.heldout import nll_per_token, reward_accuracy, sign_accuracy
 from paxo.evaluation.report import print_table, write_results
 from paxo.experiment import Experiment, TrainSettings
-from paxo.frozen import attached, frozen_params, frozen_scorers
+from paxo.frozen import attached, frozen_params, frozen_scorers, frozen_shardings
 from paxo.loading import (
     batches,
     heldout_batches,
@@ -205,9 +205,10 @@ def train(
     placed, placed_base = policy.split(param_shardings(policy.logical_axes, params, mesh))
     params, base = policy.split(params)
     frozen = base | ({} if frozen is None else frozen)
+    placed_frozen = placed_base | frozen_shardings(frozen, mesh)
     abstract = jax.eval_shape(begin, params, key=key)
     shardings = state_shardings(
-        abstract.replace(frozen=frozen), placed, transformation, placed_base
+        abstract.replace(frozen=frozen), placed, transformation, placed_frozen
     )
     frozen = jax.device_put(frozen, shardings.frozen)
     changing = shardings.replace(frozen={})

@@ -42,6 +42,8 @@ MIN_CHUNK_TOKENS = {"cpu": 128, "gpu": 1024, "tpu": 1024}
 CHUNK_ENTRIES = 2**22
 # The same where log-probs alone are wanted, of which a chunk of the vocabulary is made at a time.
 MIN_CHUNK_VOCABULARY, VOCABULARY_ENTRIES = 1024, 2**22
+# A head `[D, V]` that logits are made with: put together along the width once, not in every chunk.
+WHOLE_WIDTH = (None, "activation_vocab")
 
 
 def token_logps(policy: Policy, params: Params, batch: PreferenceBatch) -> Array:
@@ -123,10 +125,10 @@ def figures(
                 "'kls' needs the reference's hidden states and head: attach them with "
                 "paxo.attach_logps(batch, 'reference', scorer, hidden=True) and pass reference_head"
             )
-        reference = (batch.fixed_hidden["reference"], reference_head)
+        fixed = batch.fixed_hidden["reference"]
+        reference = fixed, constrain(reference_head.astype(fixed.dtype), *WHOLE_WIDTH)
     by_token = head.by_token
-    # Brought together along the width once, and not in every chunk.
-    axes = ("activation_vocab", None) if by_token else (None, "activation_vocab")
+    axes = WHOLE_WIDTH[::-1] if by_token else WHOLE_WIDTH
     matrix = constrain(head.matrix.astype(hidden.dtype), *axes)
     if chunk is None and not keep_logits and set(quantities) == {"logps"} and _devices() == 1:
         part = vocabulary_chunk(batch.score_token.size)

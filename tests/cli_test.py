@@ -278,4 +278,6 @@ def test_a_bucket_keeps_the_checkpoints_and_a_folder_here_the_rest(tmp_path, mon
     assert (folder / "seen").read_text() == "3"
     assert (folder / "config.json").exists()
     assert str(checkpoint_folder(folder)) == "gs://a-bucket/some/dpo/checkpoints"
+    # Of a file with several trainings each has its own place there.
+    assert str(checkpoint_folder(folder / "sft")) == "gs://a-bucket/some/dpo/sft/checkpoints"
     assert checkpoint_folder(tmp_path) == tmp_path / "checkpoints"

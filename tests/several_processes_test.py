@@ -18,13 +18,13 @@ from tests import several_processes
 from tests.compiling import quick_compiles  # noqa: F401
 from tests.made import tiny_policy
 from tests.made_run import PROJECT, SAMPLES, make_model, metrics, paxo, results, write_experiment
-from tests.training.placed import PUBLISHED, assert_same_step, step_on
+from tests.training.placed import MESHES, PUBLISHED, assert_same_step, step_on
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-# One step for all objectives together.
-STEP = "published:2x2x2"
+# All objectives together where hosts have other rows each, one where they share them.
+STEPS = ("published:2x2x2", "dpo:1x1x8")
 
 
 def free_port() -> int:
@@ -88,7 +88,7 @@ def found_by_pair(folder, *names):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, quick_compiles):  # noqa: F811
     folder = tmp_path_factory.mktemp("pair")
-    results, outputs = found_by_pair(folder, STEP)
+    results, outputs = found_by_pair(folder, *STEPS)
     return folder, results, outputs
 
 
@@ -96,10 +96,11 @@ def one_device():
     return make_mesh(devices=jax.devices()[:1])
 
 
-def test_loss_and_gradient_are_those_of_one_device(pair):
+@pytest.mark.parametrize("name", STEPS)
+def test_loss_and_gradient_are_those_of_one_device(pair, name):
     _, results, _ = pair
     for found in results:
-        assert_same_step(found["steps"][STEP], step_on(one_device(), "published"))
+        assert_same_step(found["steps"][name], step_on(one_device(), name.partition(":")[0]))
 
 
 def test_processes_that_hold_the_same_rows_have_the_same_share(pair):
@@ -179,8 +180,9 @@ def test_a_failure_of_process_0_is_that_of_all(pair):
 
 @pytest.mark.slow
 def test_loss_and_gradient_of_each_objective_are_those_of_one_device(tmp_path):
-    # Hosts with other rows each, and hosts that share a row.
+    # Hosts with other rows each, and hosts that share a row; all together on every mesh.
     names = [f"{name}:{sizes}" for name in PUBLISHED for sizes in ("2x2x2", "1x1x8")]
+    names += ["published:" + "x".join(map(str, sizes)) for sizes in MESHES]
     for found in found_by_pair(tmp_path, *names)[0]:
         for name in names:
             wanted = step_on(one_device(), name.partition(":")[0])
@@ -280,3 +282,43 @@ def test_self_play_of_two_processes_ends_as_that_of_one(tmp_path):
     one, two = (results(folder)["last"] for folder in (alone, together))
     assert one["tokens"] == two["tokens"]
     assert one["kl_nats"] == pytest.approx(two["kl_nats"], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_quickstart_of_two_processes_ends_as_that_of_one(tmp_path):
+    experiment = str(PROJECT / "experiments" / "quickstart.py")
+    short = [
+        *("num_reviews=128", "num_prompts=64", "num_eval_prompts=40", "max_new_tokens=12"),
+        *("sft_train.num_steps=10", "train.num_steps=4", "train.evaluate_every=2"),
+        *("model.config.hidden_size=16", "model.config.num_layers=1", "model.unroll=false"),
+        *("model.config.num_heads=2", "model.config.head_dim=8", "train.checkpoint_every=2"),
+        *("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"),
+    ]
+    alone = tmp_path / "alone"
+    assert paxo("run", experiment, "--workdir", alone, "--set", *short) == 0
+    # Machines that share no disk but a bucket.
+    for process in range(2):
+        (tmp_path / f"{process}").mkdir()
+        (tmp_path / f"{process}" / "bucket.txt").write_text(str(tmp_path / "bucket"))
+    command = [
+        *("-m", "paxo.cli", "run", experiment, "--workdir", f"{tmp_path}/{{process}}"),
+        *("--coordinator", "127.0.0.1:{port}", "--num-processes", "2", "--process-id", "{process}"),
+        *("--set", *short),
+    ]
+    outputs = run_pair(command, tmp_path)
+    assert [code for code, *_ in outputs] == [0, 0], "\n".join(error for *_, error in outputs)
+    one, two = results(alone), results(tmp_path / "0")
+    assert flattened(two) == pytest.approx(flattened(one), abs=1e-5)
+    # Rewards, lengths and wins follow from the tokens alone.
+    for name in ("true_reward", "mean_length", "finished", "win_rate"):
+        assert two[name] == one[name]
+    for name in ("export", "model", "metrics.jsonl", "reward_kl.png", "results.json"):
+        assert (tmp_path / "0" / name).exists()
+        assert not (tmp_path / "1" / name).exists()
+    assert "sequence KL to SFT" in outputs[0][1]
+    assert "SFT" not in outputs[1][1]
+
+
+def flattened(figures):
+    """The numbers of nested dictionaries and lists."""
+    return [float(x) for x in jax.tree.leaves(figures)]

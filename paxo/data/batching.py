@@ -2,7 +2,7 @@
 
 An epoch is a shuffle of the groups cut into windows; each window is packed into rows, and the rows
 are shuffled. All of it follows from (seed, epoch), on every process alike; a batch is the next rows
-of the stream, of which each process takes its part. So the place of the next row is the whole data
+of the stream, of which each process fills its part. So the place of the next row is the whole data
 state, whatever the number of processes.
 
 >>> from paxo.data.packing import RowShape
@@ -34,7 +34,7 @@ from paxo.data.packing import (
 )
 from paxo.data.records import TokenGroup
 from paxo.data.unpaired import Mismatch
-from paxo.data.windows import Window, Windows
+from paxo.data.windows import OwnWindows, Window, Windows
 from paxo.types import PreferenceBatch
 
 NAMED_SOURCES = 8  # records that `Batches.identity` names
@@ -157,8 +157,11 @@ class Batches:
         self.close()
         self._number = state.epoch * self._windows.per_epoch + state.window
         self._row = state.row
+        self._filled = OwnWindows(
+            self._windows, self._number, state.row, self._rows_per_batch, self._own
+        )
         if state.row:
-            self._window = self._windows(self._number)
+            self._window = self._filled(self._number)
             if state.row >= len(self._window.rows):
                 raise ValueError(
                     f"the data state is at row {state.row} of a window that has "
@@ -184,7 +187,8 @@ class Batches:
             low, high = max(self._own.start, at), min(self._own.stop, at + size)
             if low < high:
                 here = slice(self._row + low - at, self._row + high - at)
-                parts.append(_rows_of(window.batch, here))
+                first = int(np.searchsorted(window.own, here.start))
+                parts.append(_rows_of(window.batch, slice(first, first + high - low)))
                 rows += window.rows[here]
                 places.append(self._place(here))
             at += size
@@ -201,7 +205,7 @@ class Batches:
     def _current(self) -> Window:
         if self._window is None:
             if self._source is None:
-                self._source = _windows_from(self._windows, self._number, self._prefetch)
+                self._source = _windows_from(self._filled, self._number, self._prefetch)
             self._window = next(self._source)
         return self._window
 
@@ -258,7 +262,7 @@ def _own_rows(rows_per_batch: int, process_index: int, process_count: int) -> sl
     return slice(process_index * size, (process_index + 1) * size)
 
 
-def _windows_from(windows: Windows, first: int, prefetch: int) -> Iterator[Window]:
+def _windows_from(windows: OwnWindows, first: int, prefetch: int) -> Iterator[Window]:
     """The windows from number `first` on, `prefetch` of them packed ahead by a thread."""
     if prefetch == 0:
         return map(windows, range(first, sys.maxsize))

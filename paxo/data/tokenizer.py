@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -188,6 +189,8 @@ class TextTokenizer:
 def save_word_tokenizer(folder: str | os.PathLike[str], words: Sequence[str]) -> None:
     """Writes a tokenizer that splits at spaces, for tasks made of known words.
 
+    Each file appears whole, so that several processes may write the same folder at a time.
+
     Args:
         folder: where it is written.
         words: all tokens in the order of their ids, `<pad>`, `<s>`, `</s>` and `<unk>` first.
@@ -207,13 +210,18 @@ def save_word_tokenizer(folder: str | os.PathLike[str], words: Sequence[str]) ->
     bos = ("<s>", table["<s>"])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[bos])
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
-    PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-    ).save_pretrained(folder)
+    )
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as spare:
+        fast.save_pretrained(spare)
+        for name in os.listdir(spare):
+            os.replace(os.path.join(spare, name), os.path.join(folder, name))
 
 
 def load_tokenizer(

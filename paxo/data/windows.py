@@ -25,10 +25,12 @@ class Window(NamedTuple):
 
     Attributes:
         rows: for each row the numbers of its groups in the set.
-        batch: the rows, `[R, ...]`.
+        own: `[R]` which of the rows are this process's, in their order.
+        batch: these, `[R, ...]`.
     """
 
     rows: Rows
+    own: np.ndarray
     batch: PreferenceBatch
 
 
@@ -71,11 +73,6 @@ class Windows:
             rows = [rows[i] for i in order]
         return [members[row].tolist() for row in rows]
 
-    def __call__(self, number: int) -> Window:
-        """The window, packed and filled."""
-        rows = self.rows(number)
-        return Window(rows, self.filled(number // self.per_epoch, rows))
-
     def filled(self, epoch: int, rows: Rows) -> PreferenceBatch:
         """Rows of an epoch, filled."""
         return fill_rows(self._groups(epoch)[0], rows, self.shape)
@@ -96,3 +93,36 @@ class Windows:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(order))
             self._order = (epoch, order)
         return order
+
+
+class OwnWindows:
+    """The windows from a row of the stream on, of each the rows that are a process's own filled.
+
+    Args:
+        windows: of the stream.
+        number: of the window in which the first batch begins.
+        row: of that window, its first one.
+        batch: rows of a global batch.
+        own: which of them are this process's.
+    """
+
+    def __init__(self, windows: Windows, number: int, row: int, batch: int, own: slice):
+        self._windows, self._batch, self._own = windows, batch, own
+        # Window -> place in its batch of the window's first row; threads write the same into it.
+        self._places = {number: -row % batch}
+
+    def __call__(self, number: int) -> Window:
+        """A window of those from the first one on."""
+        rows = self._windows.rows(number)
+        place = self._place(number)
+        self._places[number + 1] = (place + len(rows)) % self._batch
+        places = (place + np.arange(len(rows))) % self._batch
+        own = np.flatnonzero((places >= self._own.start) & (places < self._own.stop))
+        mine = [rows[i] for i in own]
+        return Window(rows, own, self._windows.filled(number // self._windows.per_epoch, mine))
+
+    def _place(self, number: int) -> int:
+        if number not in self._places:
+            before = self._place(number - 1) + len(self._windows.rows(number - 1))
+            self._places[number] = before % self._batch
+        return self._places[number]

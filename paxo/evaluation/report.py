@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from paxo.rows import written_by_first
+
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints rows under their columns; the first column names them."""
@@ -24,8 +26,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     rich.get_console().print(table)
 
 
+@written_by_first
 def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
-    """Writes `results` as JSON, whole or not at all."""
+    """Writes `results` as JSON, whole or not at all; of several processes the first one does."""
     path = pathlib.Path(path)
     temporary = path.with_suffix(".tmp")
     try:
@@ -35,6 +38,7 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> N
         temporary.unlink(missing_ok=True)
 
 
+@written_by_first
 def plot_reward_kl(
     path: str | os.PathLike[str],
     steps: Sequence[int],

@@ -9,6 +9,7 @@ import numpy as np
 from paxo.evaluation.duality_gap import duality_gap_estimate
 from paxo.evaluation.estimates import bootstrap_mean
 from paxo.evaluation.win_rate import win_rate
+from paxo.rows import written_by_first
 
 PANELS = {
     "win_rate_first": "win rate against the first policy",
@@ -83,6 +84,7 @@ def policy_figures(
     }
 
 
+@written_by_first
 def plot_rounds(
     path: str | os.PathLike[str],
     history: Sequence[Mapping[str, float]],

@@ -4,6 +4,8 @@ import itertools
 import os
 from collections.abc import Mapping
 
+from paxo.rows import written_by_first
+
 # title -> method -> iteration -> figure
 Tables = Mapping[str, Mapping[str, Mapping[int, float]]]
 STYLES = ("-", "--", "-.", (0, (4, 1, 1, 1, 1, 1)), ":")  # lines that lie on one another stay apart
@@ -23,6 +25,7 @@ def by_method(tables: Tables) -> dict[str, dict[int, float]]:
     }
 
 
+@written_by_first
 def plot_tables(
     path: str | os.PathLike[str],
     tables: Tables,

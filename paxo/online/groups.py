@@ -4,14 +4,16 @@ A round's groups are kept as JSONL whose rows are token-id lists, a layout that 
 reads: `paxo run experiments/dpo_hh.py --set data.path=runs/x/rounds/0003.jsonl`.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,14 +72,14 @@ def write_groups(
     for each extra (by its name without axes), and, for people, `texts`.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, here or in a bucket ("gs://..."); its folder is made.
         groups: of the round.
         decode: token ids -> text, for `texts`; left out where None.
 
     Raises:
         OSError: where the file cannot be written; nothing is left of it then.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     try:
@@ -85,7 +87,8 @@ def write_groups(
             for group in groups:
                 file.write(json.dumps(_row(group, decode), ensure_ascii=False) + "\n")
             file.flush()
-            os.fsync(file.fileno())
+            with contextlib.suppress(io.UnsupportedOperation):  # a bucket has no disk to wait for
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -99,13 +102,13 @@ def read_groups(path: str | os.PathLike[str]) -> list[Group]:
 
     >>> import tempfile
     >>> one = Group(np.array([1]), (np.array([2, 3]),), (True,), (0.5,), {}, 4, "round 0, prompt 4")
-    >>> path = pathlib.Path(tempfile.mkdtemp(), "0000.jsonl")
+    >>> path = epath.Path(tempfile.mkdtemp(), "0000.jsonl")
     >>> write_groups(path, [one])
     >>> read_groups(path)[0].completions[0].tolist()
     [2, 3]
     """
     groups = []
-    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(epath.Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
             groups.append(_group(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:

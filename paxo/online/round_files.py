@@ -1,6 +1,7 @@
-"""What a run's rounds were trained on, in its folder: `rounds/0003.jsonl` and `rounds/0003.json`.
+"""What a run's rounds were trained on: `rounds/0003.jsonl` and `rounds/0003.json`.
 
-A round counts as drawn once its groups are there, which are written last, whole or not at all.
+They lie where the checkpoints do, in the run's folder or its bucket: both are needed to go on. A
+round counts as drawn once its groups are there, which are written last, whole or not at all.
 """
 
 import functools
@@ -10,11 +11,13 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from etils import epath
 
 from paxo.online.collect import Collected, RoundError
 from paxo.online.groups import Decode, Group, read_groups, write_groups
 from paxo.online.method import Schedule
 from paxo.rows import from_first
+from paxo.training.checkpoint import kept_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +33,9 @@ class RoundFiles:
     """
 
     def __init__(self, workdir: pathlib.Path, decode: Decode | None = None):
-        self.folder, self._decode = pathlib.Path(workdir) / ROUNDS, decode
+        self.folder, self._decode = kept_folder(workdir) / ROUNDS, decode
 
-    def groups(self, name: str) -> pathlib.Path:
+    def groups(self, name: str) -> epath.Path:
         """The file of a round's groups."""
         return self.folder / f"{name}.jsonl"
 
@@ -102,7 +105,7 @@ class RoundFiles:
             ) from error
 
 
-def _figures(file: pathlib.Path) -> dict[str, float]:
+def _figures(file: epath.Path) -> dict[str, float]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:

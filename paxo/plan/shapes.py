@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paxo.data.row_shape import RowShape
 from paxo.experiment import Experiment
+from paxo.frozen import HEAD, frozen_shardings
 from paxo.models.config import ModelConfig
 from paxo.models.heads import HEADS, init_heads, with_heads
 from paxo.models.lora import init_lora, with_lora
@@ -114,7 +115,7 @@ def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
     state = _state(settings, config, policy, optimizer)
     if settings.objective.reads_hidden(HIDDEN_ROLE) and HIDDEN_ROLE in references:
         head = jax.eval_shape(policy.unembed, references[HIDDEN_ROLE])
-        state = state.replace(frozen={**state.frozen, "reference_head": head})
+        state = state.replace(frozen={**state.frozen, HEAD: head})
     lengths = assumed_lengths(settings, config, num_candidates(settings))
     row, groups = _row(settings, layout, lengths)
     batch = _batch(settings, config, layout.rows, row, references)
@@ -149,6 +150,7 @@ def placement(run: Run, mesh: Any) -> Placement:
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = _params_placed(run.policy, run.params, mesh, everywhere)
     trained, frozen = run.policy.split(placed)
+    frozen = frozen | frozen_shardings(run.state.frozen, mesh)
     state = state_shardings(run.state, trained, run.optimizer, frozen)
     references = {
         role: _frozen_placed(run, role, on_mesh_of(run.layout_of(role), mesh))

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 State = TypeVar("State")
 # Name of the fingerprints beside the position in the data.
 FROZEN = "frozen"
-BUCKET = "bucket.txt"  # of a run folder whose checkpoints lie elsewhere: that address
+BUCKET = "bucket.txt"  # in a run folder that is not kept: the address where what is kept lies
 
 
 class Checkpointer:
@@ -359,11 +359,22 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def kept_folder(workdir: str | os.PathLike[str]) -> epath.Path:
+    """Where what a run goes on from lies: its folder, or the bucket that `BUCKET` there names.
+
+    Args:
+        workdir: of the run, or a folder in it of one of its trainings ("sft").
+    """
+    folder = epath.Path(workdir)
+    for run, part in ((folder, ()), (folder.parent, (folder.name,))):
+        if (run / BUCKET).exists():
+            return epath.Path((run / BUCKET).read_text().strip()).joinpath(*part)
+    return folder
+
+
 def checkpoint_folder(workdir: str | os.PathLike[str]) -> epath.Path:
-    """Where a run's checkpoints lie: in its folder, or in the bucket that `BUCKET` there names."""
-    named = epath.Path(workdir) / BUCKET
-    where = named.read_text().strip() if named.exists() else str(workdir)
-    return epath.Path(where) / "checkpoints"
+    """Where a run's checkpoints lie, see `kept_folder`."""
+    return kept_folder(workdir) / "checkpoints"
 
 
 def _absolute(folder: str | os.PathLike[str]) -> epath.Path:

@@ -84,7 +84,7 @@ def state_shardings(
         state: a state, or its shapes.
         param_shardings: `NamedSharding` of every trained parameter; moments lie as their parameter.
         optimizer: as for `init_state`.
-        frozen_shardings: of the policy's own frozen parameters; others lie on every device.
+        frozen_shardings: of frozen parameters; those that it leaves out lie on every device.
     """
     mesh = jax.tree.leaves(param_shardings)[0].mesh
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -16,7 +16,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
+from etils import epath
+
 TIMING_KEYS = ("tokens_per_second", "seconds")
+METRICS = "metrics.jsonl"
 
 
 class Writer(Protocol):
@@ -57,17 +60,24 @@ def make_writer(
 
     if jax.process_index() != 0:
         return MultiWriter([])
-    folder = pathlib.Path(workdir)
-    lines = JsonlWriter(folder / "metrics.jsonl")
+    from paxo.training.checkpoint import kept_folder
+
+    folder, kept = pathlib.Path(workdir), kept_folder(workdir)
+    copy = EvaluationCopy(kept / METRICS) if str(kept) != str(folder) else None
+    if copy is not None and not (folder / METRICS).exists():
+        copy.bring(folder / METRICS)
+    lines = JsonlWriter(folder / METRICS)
     lines.truncate_after(resume_step or -1, math.inf if resume_round is None else resume_round)
-    return MultiWriter(
-        [
-            lines,
-            TensorBoardWriter(folder / "tensorboard", purge_step=resume_step + 1),
-            LogWriter(folder / "log.txt", total_steps, name),
-            TerminalWriter(total_steps, name, first_step=resume_step),
-        ]
-    )
+    writers = [
+        lines,
+        TensorBoardWriter(folder / "tensorboard", purge_step=resume_step + 1),
+        LogWriter(folder / "log.txt", total_steps, name),
+        TerminalWriter(total_steps, name, first_step=resume_step),
+    ]
+    if copy is not None:
+        copy.begin(folder / METRICS)
+        writers.append(copy)
+    return MultiWriter(writers)
 
 
 class MultiWriter:
@@ -124,8 +134,7 @@ class JsonlWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
-        values = {name: _finite_or_none(value) for name, value in metrics.items()}
-        line = memoryview(json.dumps({"step": step, **values}).encode() + b"\n")
+        line = memoryview(_line(step, metrics))
         start = self._file.seek(0, os.SEEK_END)
         try:
             with _one_clear_line(self.path):
@@ -138,6 +147,41 @@ class JsonlWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class EvaluationCopy:
+    """The lines of evaluations and rounds in a run's bucket, for a machine that has no others.
+
+    The file is written anew with each of them, as nothing can be added to one in a bucket; lines of
+    single steps are too many for that.
+
+    Args:
+        there: the file in the bucket.
+    """
+
+    def __init__(self, there: epath.Path):
+        self._there, self._lines = there, b""
+
+    def bring(self, here: pathlib.Path) -> None:
+        """Begin a file of metrics with what an earlier machine has left."""
+        if self._there.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            here.write_bytes(self._there.read_bytes())
+
+    def begin(self, here: pathlib.Path) -> None:
+        """Go on from the lines of a file of metrics."""
+        lines = here.read_bytes().splitlines(keepends=True)
+        self._lines = b"".join(line for line in lines if not _is_of_step(json.loads(line)))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the file with one more line, if that is of an evaluation or a round."""
+        if not _is_of_step(metrics):
+            self._lines += _line(step, metrics)
+            self._there.parent.mkdir(parents=True, exist_ok=True)
+            self._there.write_bytes(self._lines)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class TensorBoardWriter:
@@ -276,9 +320,19 @@ class _Lines:
         return "  ".join(parts)
 
 
+def _line(step: int, metrics: Mapping[str, float]) -> bytes:
+    values = {name: _finite_or_none(value) for name, value in metrics.items()}
+    return json.dumps({"step": step, **values}).encode() + b"\n"
+
+
+def _is_of_step(metrics: Mapping[str, float]) -> bool:
+    """Of a single training step."""
+    return "loss" in metrics
+
+
 def _is_evaluation(metrics: Mapping[str, float]) -> bool:
     """Neither of a training step nor of a round of self-play that nobody evaluated."""
-    of_training = "loss" in metrics or "round" in metrics
+    of_training = _is_of_step(metrics) or "round" in metrics
     return not of_training or any(name.startswith("eval/") for name in metrics)
 
 

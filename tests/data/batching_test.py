@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from paxo.data import windows
 from paxo.data.batching import Batches, DataState, epoch_batches
-from paxo.data.packing import RowShape, sequence_tokens
+from paxo.data.packing import RowShape, fill_rows, sequence_tokens
 from paxo.data.records import TokenGroup
 
 SHAPE = RowShape(length=24, slots=12, groups=6, candidates=2, max_completion=4)
@@ -168,6 +169,27 @@ def test_processes_share_out_the_same_global_batches(process_count):
         assert_equal(jax.tree.map(lambda *x: np.concatenate(x), *shares), expected)
         assert {part.state for part in parts} == {alone.state}
         assert [row for part in parts for row in part.last_rows] == alone.last_rows
+
+
+@pytest.mark.parametrize("first_row", [0, 2])
+def test_every_row_is_filled_by_the_process_whose_it_is_and_by_no_other(first_row, monkeypatch):
+    filled = []
+
+    def noted(groups, rows, shape):
+        filled.extend(rows)
+        return fill_rows(groups, rows, shape)
+
+    monkeypatch.setattr(windows, "fill_rows", noted)
+
+    def filled_by(process, count):
+        filled.clear()
+        state = DataState(seed=0, row=first_row)
+        take(stream(4, process_index=process, process_count=count, state=state), 12)
+        return sorted(filled)
+
+    whole, parts = filled_by(0, 1), [filled_by(process, 4) for process in range(4)]
+    assert sorted(row for part in parts for row in part) == whole
+    assert all(parts)
 
 
 def test_a_run_of_two_processes_continues_on_four_and_on_one():

@@ -4,10 +4,13 @@ import errno
 import json
 import pathlib
 
+import jax
 import pytest
 import rich.console
 
 from paxo.evaluation import report
+from paxo.evaluation.self_play import plot_rounds
+from paxo.games.plots import plot_tables
 
 
 def printed(monkeypatch, *arguments):
@@ -70,3 +73,26 @@ def test_the_same_points_give_the_same_picture_to_the_byte(tmp_path):
     assert first.startswith(b"\x89PNG")
     report.plot_reward_kl(tmp_path / "c.png", points[0], points[1], [0.1, 0.5, 0.7])
     assert (tmp_path / "c.png").read_bytes() != first
+
+
+def test_of_several_processes_only_the_first_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    for process, wanted in ((1, []), (0, ["results.json"])):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        report.write_results(tmp_path / "results.json", {})
+        assert [path.name for path in tmp_path.iterdir()] == wanted
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    (tmp_path / "results.json").unlink()
+    report.plot_reward_kl(tmp_path / "a.png", [0], [0.0], [0.0])
+    plot_rounds(tmp_path / "b.png", [{"round": 1, "tokens": 2.0}])
+    plot_tables(tmp_path / "c.png", {"game": {"egpo": {0: 0.5}}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_alone_writes_without_a_backend(tmp_path, monkeypatch):
+    def starts_a_backend():
+        raise AssertionError("jax.process_index() starts one")
+
+    monkeypatch.setattr(jax, "process_index", starts_a_backend)
+    report.write_results(tmp_path / "plan.json", {})
+    assert (tmp_path / "plan.json").exists()

@@ -112,14 +112,14 @@ def make_task(folder: pathlib.Path) -> Task:
         model.params,
         paxo.objective("nll"),
         chosen.sft_optimizer,
-        quickstart.rows_of(groups, chosen, chosen.sft_train),
+        quickstart.rows_of(groups, chosen, chosen.sft_train, mesh),
         chosen.sft_train,
         mesh,
         folder,
         name="SFT",
     )
     params = paxo.snapshot(state.params)
-    draw = quickstart.Drawer(model, chosen, jax.random.key(1))
+    draw = quickstart.Drawer(model, chosen, mesh, jax.random.key(1))
     prompts = [model.tokenizer.encode_prompt(p).tolist() for p in quickstart.some_prompts(chosen)]
     sampled = [
         Sampled(_sorted(group), i)

@@ -2,9 +2,11 @@
 
 import json
 
+import fsspec
 import jax
 import numpy as np
 import pytest
+from etils.epath import backend
 
 import paxo
 from paxo.data.packing import pack_groups, pad_rows
@@ -13,6 +15,8 @@ from paxo.data.sources import load_records
 from paxo.data.tokenise import tokenise
 from paxo.models.sharding import make_mesh
 from paxo.online import METHODS, Group, read_groups, write_groups
+from paxo.online.collect import Collected
+from paxo.online.round_files import RoundFiles
 from paxo.scoring import attach_logps, make_scorer
 from paxo.training.state import init_state, snapshot
 from paxo.training.step import make_train_step
@@ -54,6 +58,22 @@ def test_groups_are_read_back_to_the_bit(tmp_path):
         assert_same(found, group)
     row = json.loads((tmp_path / "rounds" / "0000.jsonl").read_text().splitlines()[0])
     assert row["texts"] == {"prompt": "1 5 9", "completions": ["6 2", "7"]}
+
+
+def test_groups_and_rounds_lie_in_a_bucket_too(monkeypatch, tmp_path):
+    memory = fsspec.filesystem("memory")  # of file objects that no disk stands behind
+    monkeypatch.setattr(backend.fsspec_backend.__class__, "fs", lambda self, path: memory)
+    (tmp_path / "bucket.txt").write_text("gs://a-bucket/run\n")
+    files = RoundFiles(tmp_path)
+    collected = Collected([a_group(n) for n in range(3)], {"tokens": 2.5})
+    for drawn in (lambda: collected, None):  # the second time there is nothing to be drawn
+        found = files.kept("0003", drawn)
+        assert found.figures == collected.figures
+        for ours, group in zip(found.groups, collected.groups, strict=True):
+            assert_same(ours, group)
+    assert str(files.groups("0003")) == "gs://a-bucket/run/rounds/0003.jsonl"
+    assert sorted(path.name for path in files.folder.iterdir()) == ["0003.json", "0003.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bucket.txt"]
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path):

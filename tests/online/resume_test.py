@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from paxo.online import RoundError, RoundSettings, method
-from paxo.training.checkpoint import Checkpointer
+from paxo.online.round_files import RoundFiles
+from paxo.training.checkpoint import BUCKET, Checkpointer, checkpoint_folder
 from paxo.training.writers import TIMING_KEYS, JsonlWriter
 from tests.online import playing
 
@@ -80,7 +81,7 @@ def attempt(workdir, mechanism, *, fail_at=None, stop_at=None, do=None):
         writer.truncate_after(step or -1, rounds)
         return writer
 
-    with Checkpointer(workdir / "checkpoints", every=2, keep=2) as saver:
+    with Checkpointer(checkpoint_folder(workdir), every=2, keep=2) as saver:
         result = playing.play_game(
             game,
             method(name, **settings),
@@ -103,9 +104,10 @@ def everything(workdir, result):
         (result.state.params, result.state.opt_state, result.state.step, result.anchors)
     )
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rounds = RoundFiles(workdir).folder
     return {
         "arrays": [np.asarray(x).tobytes() for x in arrays],
-        "files": {p.name: p.read_text() for p in sorted((workdir / "rounds").iterdir())},
+        "files": {p.name: p.read_text() for p in sorted(rounds.iterdir())},
         "metrics": [{k: v for k, v in x.items() if k not in TIMING_KEYS} for x in lines],
     }
 
@@ -139,6 +141,23 @@ def test_a_run_that_fails_in_every_way_ends_with_the_same_bits(mechanism, tmp_pa
     assert everything(broken, result) == expected
     rounds = [line["round"] for line in expected["metrics"] if "round" in line]
     assert rounds == list(range(1, ROUNDS + 1))
+
+
+def test_a_machine_that_has_only_the_bucket_goes_on_to_the_same_bits(tmp_path):
+    # Later rounds are trained on the files of earlier ones too.
+    questions, result = attempt(tmp_path / "whole", "replay")
+    expected = everything(tmp_path / "whole", result)
+    machines = [tmp_path / name for name in ("first", "second")]
+    for machine in machines:
+        machine.mkdir()
+        (machine / BUCKET).write_text(f"{tmp_path / 'bucket'}\n")
+    with pytest.raises(RuntimeError, match="stopped"):
+        attempt(machines[0], "replay", stop_at=MECHANISMS["replay"][-1], do=stop)
+    assert {path.name for path in machines[0].iterdir()} == {BUCKET, "metrics.jsonl"}
+    asked_again, result = attempt(machines[1], "replay")
+    assert 0 < asked_again < questions
+    found = everything(machines[1], result)
+    assert (found["arrays"], found["files"]) == (expected["arrays"], expected["files"])
 
 
 def test_a_run_that_is_over_does_nothing_more(tmp_path):

@@ -97,6 +97,13 @@ def test_a_batch_has_what_its_objective_reads(objective, candidates):
     check_batch(run.settings.objective, run.batch, run.policy.heads, run.state.frozen)
 
 
+def test_a_references_head_in_the_step_is_split_over_width_and_vocabulary():
+    run = made_run(made_settings("tdpo1", mesh=(1, 2, 2)))
+    placed = placement(run, abstract_mesh(run.layout, "tpu")).state.frozen
+    whole = run.config.hidden_size * run.config.vocab_size * 4
+    assert bytes_per_device(run.state.frozen, placed) == whole // 4
+
+
 def test_extras_and_heads_of_an_objective_are_part_of_the_shapes():
     settings = apply_overrides(made_settings("bradley_terry"), ["data.extras=weights,grid:KT"])
     run = made_run(settings)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from paxo import runs
 from paxo.losses import (
     group_relative,
     multi,
@@ -157,7 +158,9 @@ def test_bco_remembers_its_shift_from_step_to_step(tmp_path, model):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_tdpo_gets_divergences_from_the_whole_distributions_of_the_reference(tmp_path, model):
+def test_tdpo_gets_divergences_from_the_whole_distributions_of_the_reference(
+    tmp_path, model, monkeypatch
+):
     objective = 'paxo.objective("tdpo2", beta=0.1, alpha=0.5)'
     workdir, lines = run(tmp_path, model, objective)
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -168,8 +171,19 @@ def test_tdpo_gets_divergences_from_the_whole_distributions_of_the_reference(tmp
     other = tmp_path / "other"
     make_model(other, seed=5)
     (tmp_path / "far").mkdir()
-    _, far = run(tmp_path / "far", model, objective, f"reference.path={other}")
+    heads, fit = [], runs.fit
+
+    def noted(step, state, *args, **kwargs):
+        heads.append(state.frozen["reference_head"])
+        return fit(step, state, *args, **kwargs)
+
+    monkeypatch.setattr(runs, "fit", noted)
+    _, far = run(tmp_path / "far", model, objective, f"reference.path={other}", "mesh.fsdp=2")
     assert abs(far[0]["loss"] - np.log(2)) > 1e-3
+    # Each device holds half of the head's width, as of the policy's own.
+    (head,) = heads
+    width, vocabulary = head.shape
+    assert {x.data.shape for x in head.addressable_shards} == {(width // 2, vocabulary)}
 
 
 @pytest.mark.parametrize("name", ["kto", "tdpo2"])

@@ -1,12 +1,15 @@
 """One step of a made run, on whatever devices: what tests of placement compare."""
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from paxo.frozen import HEAD, frozen_shardings
 from paxo.losses.contract import stateful, whole_batch
 from paxo.losses.pairwise import log_ratios, margin
 from paxo.models.sharding import param_shardings
@@ -51,6 +54,13 @@ def token_nll(policy_token_logps, token_mask, *, where=None):
     )
 
 
+def token_divergence(token_kls, token_mask, *, where=None):
+    """Whole next-token distributions through the step: of the reference its head is needed too."""
+    return Mean(jnp.sum(masked(token_kls, token_mask)), jnp.sum(token_mask, dtype=jnp.float32))
+
+
+# Every way to make a mesh of eight devices.
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
 # Of the published ones, each kind: pairs, a statistic of the whole batch, lists, three policies.
 PUBLISHED = {
     "dpo": objective("dpo", beta=0.5),
@@ -64,6 +74,7 @@ OBJECTIVES = PUBLISHED | {
     "whole_batch": Objective((Term("centred", centred_loss, {}),)),
     "stateful": Objective((Term("shifted", shifted_loss, {"rate": 0.5}),)),
     "token-level": Objective((Term("token_nll", token_nll, {}),)),
+    "divergence": Objective((Term("token_divergence", token_divergence, {}),)),
 }
 RATE = 0.1
 
@@ -76,12 +87,15 @@ def made_run(name, **changes):
     if name == "kto":  # undesirable ones too
         signs = np.where(np.arange(16)[:, None, None] % 2, 1, -1)
         groups = groups.replace(labels=(groups.labels * signs).astype(np.float32))
+    frozen = {}
     for seed, role in ((7, "reference"), (8, "previous")):
         _, other = tiny_policy(seed=seed, num_layers=1, **changes)
         if role in (*OBJECTIVES[name].roles, "reference"):
-            groups = attach_logps(groups, role, make_scorer(policy, other))
+            hidden = OBJECTIVES[name].reads_hidden(role)
+            groups = attach_logps(groups, role, make_scorer(policy, other), hidden=hidden)
+            frozen |= {HEAD: policy.unembed(other)} if hidden else {}
     optimizer = optax.sgd(RATE)
-    state = init_state(params, OBJECTIVES[name], optimizer, jax.random.key(3))
+    state = init_state(params, OBJECTIVES[name], optimizer, jax.random.key(3), frozen=frozen)
     return policy, optimizer, state, jax.tree.map(np.asarray, groups)
 
 
@@ -90,7 +104,8 @@ def compiled_on(mesh, name, microbatches=1, **changes):
     policy, optimizer, state, _ = made_run(name, **changes)
     step = make_train_step(policy, OBJECTIVES[name], optimizer, microbatches=microbatches)
     placed = param_shardings(policy.logical_axes, state.params, mesh)
-    shardings = state_shardings(state, placed, optimizer)
+    own = frozen_shardings(state.frozen, mesh)
+    shardings = state_shardings(state, placed, optimizer, own)
     return compile_step(step, mesh, shardings, donate=False), _put(state, shardings)
 
 

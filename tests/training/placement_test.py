@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
 import logging
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +15,7 @@ from paxo.training.state import state_shardings
 from paxo.training.step import compile_step, make_train_step, place_rows, pmap_step
 from tests.compiling import compilations, quick_compiles  # noqa: F401
 from tests.training.placed import (
+    MESHES,
     OBJECTIVES,
     PUBLISHED,
     assert_same_step,
@@ -36,8 +35,7 @@ CASES = [
     for microbatches in (1, 4)
     if (name in IN_EVERY_WAY or microbatches == 4)
     and (placement, microbatches) != ("one device", 1)
-] + [("published", (2, 2, 2), 1), ("dpo", (1, 1, 8), 1)]
-MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) == 8]
+] + [("published", (2, 2, 2), 1), ("dpo", (1, 1, 8), 1), ("divergence", (2, 2, 2), 1)]
 
 
 @functools.cache

@@ -209,3 +209,26 @@ def test_every_writer_is_closed_even_when_one_fails():
     with pytest.raises(OSError, match="disk"):
         MultiWriter([Fails(), Fine()]).close()
     assert closed == ["fails", "fine"]
+
+
+def test_a_machine_that_has_only_the_bucket_goes_on_with_its_evaluations(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        (folder / "bucket.txt").write_text(f"{tmp_path / 'bucket'}\n")
+
+    def write(writer, *rounds):
+        for number in rounds:
+            writer.write(number, {"loss": 0.5})
+            writer.write(number, {"round": number, "eval/win_rate": 1 / number})
+        writer.close()
+
+    def of_rounds(folder):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [(x["round"], x["eval/win_rate"]) for x in lines if "round" in x]
+
+    write(make_writer(first, 9, resume_round=0), 1, 2, 3)
+    # The checkpoint is older than the third round.
+    write(make_writer(second, 9, 2, resume_round=2), 3, 4)
+    assert of_rounds(second) == of_rounds(tmp_path / "bucket") == [(n, 1 / n) for n in range(1, 5)]
+    assert "loss" not in (tmp_path / "bucket" / "metrics.jsonl").read_text()
