@@ -19,6 +19,7 @@ from typing import Any, Literal
 from paxo.objectives import Objective
 
 ANY_REWARD = "*"  # in `Method.rewards`: at least one function, of whatever name
+OWN_ROLES = ("reference", "previous")  # that the loop itself has
 
 Source = Literal["policy", "reference", "mixture", "average", "data"]
 SOURCES = typing.get_args(Source)
@@ -203,6 +204,23 @@ class Method:
         """Completions that each prompt must have in the data set."""
         drawn = sum(draw.count for draw in (*self.draws, *self.opponents) if draw.source == "data")
         return max(drawn, int(self.reset > 0))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a run must bring, in words.
+
+        >>> Method.named("selm").needs
+        ('a judge', '2 completions of each prompt')
+        """
+        found = ["a judge"] if self.judged else []
+        found += [
+            "any rewards" if name == ANY_REWARD else f"a reward {name!r}" for name in self.rewards
+        ]
+        if self.num_completions:
+            several = "s" * (self.num_completions > 1)
+            found.append(f"{self.num_completions} completion{several} of each prompt")
+        found += [f"a frozen policy {role!r}" for role in self.roles if role not in OWN_ROLES]
+        return tuple(found)
 
     @property
     def opponents(self) -> tuple[Draw, ...]:

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from paxo.online import anchors as anchoring
 from paxo.online.anchors import Anchors
-from paxo.online.collect import Collected, Judges, collect
+from paxo.online.collect import Collected, Judges, RoundError, collect
 from paxo.online.drawing import Drawer
 from paxo.online.groups import Group, Prompt
 from paxo.online.method import Method
@@ -107,8 +107,8 @@ def play(
         log_every: steps between lines of metrics.
 
     Raises:
-        RoundError: a round could not be judged or paired; the run goes on from there when started
-            again.
+        RoundError: a round could not be judged or paired; a checkpoint of what was before it is
+            left, and the run goes on from there when started again.
         ValueError: method, judges, prompts and settings do not go together.
     """
     frozen = dict(frozen or {})
@@ -141,9 +141,15 @@ def play(
     try:
         while place.round < settings.num_rounds:
             began, before = time.perf_counter(), int(state.step)
-            state, anchors, figures = run.round(
-                place, state, anchors, checkpointer=checkpointer, writer=writer, log_every=log_every
-            )
+            try:
+                state, anchors, figures = run.round(
+                    place, state, anchors,
+                    checkpointer=checkpointer, writer=writer, log_every=log_every,
+                )  # fmt: skip
+            except RoundError:  # before its first step: the policy of the last round is kept
+                if checkpointer is not None and before > (checkpointer.latest_step() or 0):
+                    checkpointer.save(before, _saved(state, anchors), place._asdict())
+                raise
             place = _Place(place.round + 1, 0)
             last = place.round == settings.num_rounds
             if evaluate is not None and (last or _falls_on(place.round, settings.evaluate_every)):

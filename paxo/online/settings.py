@@ -4,9 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from paxo.online.groups import Prompt
-from paxo.online.method import Method
-
-OWN_ROLES = ("reference", "previous")  # that the loop itself has
+from paxo.online.method import OWN_ROLES, Method
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -13,7 +15,8 @@ import pytest
 from paxo.online import RoundError, RoundSettings, method
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.writers import TIMING_KEYS, JsonlWriter
-from tests.online import playing
+from tests.made_run import PROJECT
+from tests.online import killed, playing
 
 ROUNDS = 4
 # Mechanism -> row, its settings, epochs, minibatches, and the step after which SIGTERM stops it.
@@ -139,6 +142,19 @@ def test_a_run_that_fails_in_every_way_ends_with_the_same_bits(mechanism, tmp_pa
     assert everything(broken, result) == expected
     rounds = [line["round"] for line in expected["metrics"] if "round" in line]
     assert rounds == list(range(1, ROUNDS + 1))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_every_phase_of_a_round_ends_with_the_same_bits(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = everything(whole, killed.attempt(whole))
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.online.killed", broken],
+        cwd=PROJECT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.split() == [phase for phase, _ in killed.KILLED]
+    assert everything(broken, killed.attempt(broken)) == expected
 
 
 def test_a_run_that_is_over_does_nothing_more(tmp_path):
