@@ -204,7 +204,8 @@ def run(
                 log_every=settings.log_every,
             )
         except RoundError:
-            report()
+            if evaluations(workdir):
+                report()
             raise
     if settings.export:
         artifacts.export_model(
@@ -295,7 +296,7 @@ def _report(settings, workdir, start, panels, exact) -> None:
         ]
         title = f"{settings.method.name} after {history[-1]['round']} rounds"
         print_table(title, ("", "mean", "95 % interval"), rows)
-    logger.info("finished in %.0f s; results in %s", seconds, workdir)
+    logger.info("results of these %.0f s are in %s", seconds, workdir)
 
 
 def _interval(row: Mapping[str, float], name: str) -> str:

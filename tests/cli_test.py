@@ -13,6 +13,7 @@ import types
 import pytest
 
 import paxo
+import paxo.experiment  # with the real paxo.distributed, for which the tests have a stand-in
 from paxo import cli
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent

@@ -9,8 +9,10 @@ import pytest
 from paxo.online import METHODS, RoundSettings, method, self_play
 from paxo.online.method import ANY_REWARD, Draw, Method, Schedule
 from paxo.online.pairing import filtered
-from tests.compiling import compilations
+from tests.compiling import compilations, quick_compiles  # noqa: F401
 from tests.online import playing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # Row -> what a game of four actions wants instead of the papers' numbers, which are for texts.
 SETTINGS = {

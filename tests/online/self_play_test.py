@@ -14,7 +14,10 @@ from paxo.games import builders, exact
 from paxo.games.expected import expected_loss
 from paxo.online import METHODS, RoundSettings, method, self_play
 from paxo.online import anchors as anchoring
+from tests.compiling import quick_compiles  # noqa: F401
 from tests.online import playing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def other_reference(game):
