@@ -287,14 +287,16 @@ def _report(settings, workdir, start, panels, exact) -> None:
     }
     write_results(workdir / "results.json", results)
     if history:
-        plot_rounds(workdir / "rounds.png", history, panels=PANELS | panels, exact=exact)
+        title = f"{settings.method.name} after {history[-1]['round']} rounds"
+        plot_rounds(
+            workdir / "rounds.png", history, panels=PANELS | panels, exact=exact, title=title
+        )
         rows = [
-            (title, row[name], _interval(row, name))
+            (told, row[name], _interval(row, name))
             for row in history[-1:]
-            for name, title in (PANELS | panels).items()
+            for name, told in (PANELS | panels).items()
             if name in row
         ]
-        title = f"{settings.method.name} after {history[-1]['round']} rounds"
         print_table(title, ("", "mean", "95 % interval"), rows)
     logger.info("results of these %.0f s are in %s", seconds, workdir)
 
