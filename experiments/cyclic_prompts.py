@@ -191,10 +191,10 @@ def words_of(ids: Sequence[int]) -> str:
 
 
 def style_game(settings: Cyclic, shares: np.ndarray) -> PreferenceGame:
-    """The game of three actions that the task is."""
+    """The game of three actions that the task is; a style that nobody drew is very rare."""
     return PreferenceGame(
         preferences=jnp.asarray(style_matrix(settings.win)[:NEITHER, :NEITHER]),
-        reference_logps=jnp.log(jnp.asarray(shares)),
+        reference_logps=jnp.log(jnp.maximum(jnp.asarray(shares), 1e-6)),
         beta=jnp.asarray(settings.beta),
     )
 
