@@ -23,8 +23,6 @@ from paxo.online import Draw, Drawer, RoundSettings, method, play
 
 CYCLIC = load(pathlib.Path(__file__).parent.parent / "experiments" / "cyclic_prompts.py")
 METHODS = ("online_ipo_v1", "egpo")
-
-
 SKIPPED = 6  # rounds in which something is still compiled
 
 
@@ -83,7 +81,7 @@ class Task:
                 mesh=self.mesh,
                 param_shardings=param_shardings(policy.logical_axes, self.model.params, self.mesh),
                 workdir=pathlib.Path(folder),
-                make_writer=lambda step: clock,
+                make_writer=lambda step, number: clock,
             )
         return clock.seconds()
 

@@ -176,9 +176,11 @@ def style_matrix(win: float) -> np.ndarray:
 
 
 def style_judges(settings: Cyclic) -> Judges:
-    """The cyclic judge; its first reward, for methods that want one, likes grand best."""
+    """The cyclic judge; the reward, for methods that want one, likes grand best."""
     judge = MatrixJudge(style_matrix(settings.win), lambda _, text: style_of(text), name="styles")
-    return Judges(judge=judge, decode=lambda ids: words_of(ids))
+    values = np.array([*range(NEITHER), -1.0])
+    reward = lambda _, rows: values[[[style_of(text) for text in row] for row in rows]]  # noqa: E731
+    return Judges(judge=judge, rewards={"reward": reward}, decode=lambda ids: words_of(ids))
 
 
 def words_of(ids: Sequence[int]) -> str:
@@ -188,10 +190,10 @@ def words_of(ids: Sequence[int]) -> str:
 
 
 def style_game(settings: Cyclic, shares: np.ndarray) -> PreferenceGame:
-    """The game of three actions that the task is."""
+    """The game of three actions that the task is; a style that nobody drew is very rare."""
     return PreferenceGame(
         preferences=jnp.asarray(style_matrix(settings.win)[:NEITHER, :NEITHER]),
-        reference_logps=jnp.log(jnp.asarray(shares)),
+        reference_logps=jnp.log(jnp.maximum(jnp.asarray(shares), 1e-6)),
         beta=jnp.asarray(settings.beta),
     )
 
@@ -215,9 +217,16 @@ def exact_figures(game: PreferenceGame, nash: np.ndarray, shares: np.ndarray) ->
 
 
 def less_repetition(model: Model) -> Judges:
-    """Prefers the completion with more different words among its first fifty."""
+    """Prefers the completion with more different words among its first fifty.
+
+    As a reward it is their number; in points, 6 for twenty or more.
+    """
     judge = RuleJudge(lambda _, text: len(set(text.lower().split()[:50])))
-    return Judges(judge=judge, rewards={"reward": judge.scores}, decode=model.tokenizer.decode)
+    rewards = {
+        "reward": judge.scores,
+        "points": lambda prompts, rows: np.minimum(judge.scores(prompts, rows) * 6 / 20, 6),
+    }
+    return Judges(judge=judge, rewards=rewards, decode=model.tokenizer.decode)
 
 
 # --- its model and prompts --------------------------------------------------------------------

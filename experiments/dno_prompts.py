@@ -5,8 +5,8 @@
 Rosset et al. 2024, arXiv:2404.03715, its theoretical form: soft labels from win rates against the
 policy's own answers. There is no KL term to a fixed policy, so the theory speaks of the average
 policy and of the game without one (the column "average policy", the row "unregularised_gap"): the
-last policy goes round. `--set method=dno_prct` is the paper's practice, for prompts with an answer
-of a teacher.
+last policy goes round. `--set method=dno_prct` is the paper's practice, for given prompts with an
+answer of a teacher (a column `reference` or `completion`).
 
 On two CPU cores in a minute: in the second half of 60 rounds the gap without a KL term is 0.53 on
 average, as at the start, while the styles go round; that of the average policy is 0.06.

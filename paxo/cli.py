@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import paxo
 
-DONE, CRASHED, WRONG_USE, NON_FINITE, INTERRUPTED = 0, 1, 2, 3, 130
+DONE, CRASHED, WRONG_USE, NON_FINITE, NO_ROUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 EPILOG = """\
 exit codes:
   0    done
@@ -24,6 +24,8 @@ exit codes:
   2    wrong use: a flag, a setting, an input file or a folder; one line says what is wrong
        (--debug shows the traceback too)
   3    the loss became NaN or infinite; the line names the step and the batch
+  4    a round of self-play could not be judged or trained on; the line tells why, with counts, and
+       the same `paxo run` command goes on from there
   130  interrupted; the same `paxo run` command resumes
 
 Settings are changed by their dotted names: --set train.num_steps=20 optimizer.learning_rate=1e-5
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     One of several processes that has failed does not return: it ends at once.
     """
     code = _main(arguments)
-    if code in (CRASHED, WRONG_USE, NON_FINITE) and _is_one_of_several():
+    if code in (CRASHED, WRONG_USE, NON_FINITE, NO_ROUND) and _is_one_of_several():
         sys.modules["paxo.distributed"].leave(code)
     return code
 
@@ -68,8 +70,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        if _is_non_finite_loss(error):
+        if _is("paxo.training.loop", "NonFiniteLossError", error):
             return _fail(_one_line(error), NON_FINITE, debug)
+        if _is("paxo.online.collect", "RoundError", error):
+            return _fail(_one_line(error), NO_ROUND, debug)
         if isinstance(error, USER_ERRORS) or _is_users_os_error(error):
             return _fail(_one_line(error), WRONG_USE, debug)
         traceback.print_exc()
@@ -158,7 +162,7 @@ def methods(options: argparse.Namespace) -> None:
 
 
 def _print_rows(options: argparse.Namespace) -> None:
-    """The self-play methods with their settings."""
+    """The self-play methods with what they need and their settings."""
     from paxo.online import METHODS
 
     rows = [
@@ -166,6 +170,7 @@ def _print_rows(options: argparse.Namespace) -> None:
             "name": name,
             "objective": row.objective.name,
             "paper": row.paper,
+            "needs": row.needs,
             "settings": row.hyper_parameters,
         }
         for name, row in METHODS.items()
@@ -176,7 +181,8 @@ def _print_rows(options: argparse.Namespace) -> None:
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         values = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
-        print(f"{row['name']:{width}}  {row['objective']} | {row['paper']}")
+        needs = f"needs {', '.join(row['needs'])}"
+        print(f"{row['name']:{width}}  {row['objective']} | {row['paper']} | {needs}")
         print(f"{'':{width}}  {values}")
 
 
@@ -421,10 +427,9 @@ def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _is_non_finite_loss(error: Exception) -> bool:
+def _is(module: str, name: str, error: Exception) -> bool:
     # Only a loaded module can have raised it, and importing it here would import jax.
-    loop = sys.modules.get("paxo.training.loop")
-    return loop is not None and isinstance(error, loop.NonFiniteLossError)
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
 
 
 def _is_one_of_several() -> bool:

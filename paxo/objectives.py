@@ -193,8 +193,14 @@ class Objective:
         named = {f"{t.name}.{k}": kind for t in self.terms for k, kind in _annotations(t).items()}
         return named | {f"{t.name}.weight": float for t in self.terms}
 
-    def with_field(self, name: str, value: Any) -> "Objective":
-        """This objective with one hyper-parameter or weight changed, checked again."""
+    def with_field(self, name: str, value: Any, *, check: bool = True) -> "Objective":
+        """This objective with one hyper-parameter or weight changed, checked again.
+
+        Args:
+            name: of the setting, see `field_names`.
+            value: the new one.
+            check: False within a compiled step, where a value is traced and cannot be checked.
+        """
         which, _, field = name.partition(".")
         if self._plain:
             which, field = self.terms[0].name, name
@@ -206,10 +212,12 @@ class Objective:
         terms = list(self.terms)
         term = terms[names.index(which)]
         if field == "weight" and not self._plain:
-            check_value(f"weight of {which!r}", value, Real)
+            if check:
+                check_value(f"weight of {which!r}", value, Real)
             changed = dataclasses.replace(term, weight=value)
         else:
-            hyper = bound(which, term.loss, {**term.hyper_parameters, field: value})
+            hyper = {**term.hyper_parameters, field: value}
+            hyper = bound(which, term.loss, hyper) if check else hyper
             changed = dataclasses.replace(term, hyper_parameters=hyper)
         terms[names.index(which)] = changed
         return Objective(tuple(terms))

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from paxo.evaluation.self_play import policy_figures, preference_figures, wanted_comparisons
-from paxo.online import Draw, Group
+from paxo.judges.checks import JudgeError
+from paxo.online import Draw, Group, RoundError
 from paxo.online.collect import Judges
 from paxo.rows import everywhere, own_part, place_rows
 from paxo.scoring import make_scorer
@@ -47,7 +48,20 @@ class Evaluator:
         self.key = jax.random.fold_in(jax.random.key(settings.rounds.seed), EVALUATION_SALT)
 
     def __call__(self, params: Params, last: Params, number: int) -> dict[str, float]:
-        """Figures of `params` after a round."""
+        """Figures of `params` after a round.
+
+        Raises:
+            RoundError: the judge or a reward failed.
+        """
+        try:
+            return self._figures(params, last, number)
+        except JudgeError as error:
+            raise RoundError(
+                f"the evaluation after round {number}: {error}; what the round was trained on is "
+                "kept: run the same command again once the judge works"
+            ) from error
+
+    def _figures(self, params: Params, last: Params, number: int) -> dict[str, float]:
         num = self.settings.evaluation.completions
         drawn = [
             self._drawn(params, jax.random.fold_in(self.key, 2 * number)),

@@ -7,6 +7,7 @@ An experiment file gives the settings and says who judges:
 """
 
 import dataclasses
+import functools
 import logging
 import pathlib
 import time
@@ -27,7 +28,7 @@ from paxo.judges.checks import CheckedJudge
 from paxo.loading import Model, load_model
 from paxo.models.heads import HEADS
 from paxo.models.sharding import make_mesh, param_shardings
-from paxo.online import Drawer, Group, Method, PlayResult, Prompt, RoundSettings, play
+from paxo.online import Drawer, Group, Method, PlayResult, Prompt, RoundError, RoundSettings, play
 from paxo.online.collect import Judges
 from paxo.online.drawing import padded_size
 from paxo.overrides import SettingsError
@@ -122,8 +123,14 @@ def run(
 
     Returns:
         The state after the last round, the anchors, and the evaluations.
+
+    Raises:
+        RoundError: a round could not be judged or paired. Plot and results tell what was before it,
+            and the run goes on from there when started again.
     """
-    start = time.perf_counter()
+    report = functools.partial(
+        _report, settings, workdir, time.perf_counter(), panels or {}, exact or {}
+    )
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     if model is None:
         needed = [n for n in HEADS if settings.method.objective.arrays.get(n, False)]
@@ -173,29 +180,33 @@ def run(
         keep=settings.keep,
         frozen={name: params_fingerprint(x) for name, x in base.items()},
     ) as checkpointer:
-        result = play(
-            model.policy,
-            first,
-            settings.method,
-            settings.optimizer,
-            train,
-            settings.rounds,
-            draw=drawer,
-            judges=told,
-            pack=pack,
-            mesh=mesh,
-            param_shardings=param_shardings(model.policy.logical_axes, first, mesh),
-            workdir=workdir,
-            microbatches=settings.microbatches,
-            frozen=frozen,
-            evaluate=evaluate,
-            checkpointer=checkpointer,
-            make_writer=lambda step, number: make_writer(
-                workdir, steps, step, settings.method.name, resume_round=number
-            ),
-            log_every=settings.log_every,
-        )
-    history = evaluations(workdir)
+        try:
+            result = play(
+                model.policy,
+                first,
+                settings.method,
+                settings.optimizer,
+                train,
+                settings.rounds,
+                draw=drawer,
+                judges=told,
+                pack=pack,
+                mesh=mesh,
+                param_shardings=param_shardings(model.policy.logical_axes, first, mesh),
+                workdir=workdir,
+                microbatches=settings.microbatches,
+                frozen=frozen,
+                evaluate=evaluate,
+                checkpointer=checkpointer,
+                make_writer=lambda step, number: make_writer(
+                    workdir, steps, step, settings.method.name, resume_round=number
+                ),
+                log_every=settings.log_every,
+            )
+        except RoundError:
+            if evaluations(workdir):
+                report()
+            raise
     if settings.export:
         artifacts.export_model(
             model.policy.join(result.state.params, result.state.frozen),
@@ -205,7 +216,7 @@ def run(
             model.folder,
             lora=model.lora,
         )
-    _report(settings, workdir, history, time.perf_counter() - start, panels or {}, exact or {})
+    report()
     return result
 
 
@@ -261,10 +272,11 @@ def _plain_group(prompt: Prompt) -> TokenGroup:
     return TokenGroup(prompt.ids, (), (), (), {}, prompt.index, f"prompt {prompt.index}")
 
 
-def _report(settings, workdir, history, seconds, panels, exact) -> None:
-    """`results.json`, `rounds.png`, a table."""
+def _report(settings, workdir, start, panels, exact) -> None:
+    """`results.json`, `rounds.png`, a table, of the rounds so far."""
     if jax.process_index() != 0:
         return
+    history, seconds = evaluations(workdir), time.perf_counter() - start
     results = {
         "method": settings.method.name,
         "num_rounds": settings.rounds.num_rounds,
@@ -275,16 +287,18 @@ def _report(settings, workdir, history, seconds, panels, exact) -> None:
     }
     write_results(workdir / "results.json", results)
     if history:
-        plot_rounds(workdir / "rounds.png", history, panels=PANELS | panels, exact=exact)
+        title = f"{settings.method.name} after {history[-1]['round']} rounds"
+        plot_rounds(
+            workdir / "rounds.png", history, panels=PANELS | panels, exact=exact, title=title
+        )
         rows = [
-            (title, row[name], _interval(row, name))
+            (told, row[name], _interval(row, name))
             for row in history[-1:]
-            for name, title in (PANELS | panels).items()
+            for name, told in (PANELS | panels).items()
             if name in row
         ]
-        title = f"{settings.method.name} after {settings.rounds.num_rounds} rounds"
         print_table(title, ("", "mean", "95 % interval"), rows)
-    logger.info("finished in %.0f s; results in %s", seconds, workdir)
+    logger.info("results of these %.0f s are in %s", seconds, workdir)
 
 
 def _interval(row: Mapping[str, float], name: str) -> str:

@@ -111,6 +111,14 @@ def test_the_table_names_what_it_could_not_run_and_goes_on(tmp_path):
     assert results["rows"]["w2"]["figures"][0]["rounds"] == 0
 
 
+@pytest.mark.slow
+def test_a_round_of_egpo_costs_at_most_2_2_times_one_of_online_ipo():
+    finished = measured("--rounds", "12", "--turns", "1", module="benchmarks.self_play")
+    assert finished.returncode == 0, finished.stderr
+    line = json.loads(finished.stdout.splitlines()[-1])
+    assert line["egpo_over_online_ipo"] <= 2.2, line
+
+
 def test_the_chart_has_a_bar_for_each_ratio(tmp_path):
     from benchmarks.__main__ import draw
 

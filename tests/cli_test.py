@@ -13,6 +13,7 @@ import types
 import pytest
 
 import paxo
+import paxo.experiment  # with the real paxo.distributed, for which the tests have a stand-in
 from paxo import cli
 
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
@@ -141,6 +142,10 @@ class LossError(ValueError):
     """Stands for paxo.training.loop.NonFiniteLossError."""
 
 
+class RoundError(RuntimeError):
+    """Stands for paxo.online.collect.RoundError."""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -149,15 +154,20 @@ class LossError(ValueError):
         (OSError(errno.ENOSPC, "No space left", "/x"), 2, "/x: No space left"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system"),
         (LossError("step 7: loss is nan"), 3, "step 7: loss is nan"),
+        (RoundError("round 0002: no judge"), 4, "round 0002: no judge"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_an_error_of_the_users_gives_one_line_and_its_code(
     error, code, line, experiment, file, capsys, monkeypatch
 ):
-    loop = types.ModuleType("paxo.training.loop")
-    loop.NonFiniteLossError = LossError
-    monkeypatch.setitem(sys.modules, "paxo.training.loop", loop)
+    for module, raised in (
+        ("paxo.training.loop", {"NonFiniteLossError": LossError}),
+        ("paxo.online.collect", {"RoundError": RoundError}),
+    ):
+        made = types.ModuleType(module)
+        vars(made).update(raised)
+        monkeypatch.setitem(sys.modules, module, made)
     experiment.error = error
     assert cli.main(["run", str(file)]) == code
     assert capsys.readouterr().err == f"paxo: error: {line}\n"
@@ -187,6 +197,21 @@ def test_the_package_logs_facts_and_other_libraries_only_warnings(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].endswith("INFO restored step 3")
+
+
+def test_self_play_methods_say_what_they_need(capsys):
+    assert cli.main(["methods", "--online", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["egpo"]["needs"] == ["a judge"]
+    assert rows["rso"]["needs"] == ["a judge", "a reward 'reward'"]
+    assert rows["rto"]["needs"] == ["a reward 'reward'", "a frozen policy 'dpo'"]
+    assert rows["maxmin"]["needs"] == ["any rewards"]
+    assert rows["selm"]["settings"]["draws"] == [2, 1]
+    assert cli.main(["methods", "--online"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(rows)
+    assert "dr_po" in lines[2 * list(rows).index("dr_po")]
+    assert "| needs a reward 'reward', 1 completion of each prompt" in "\n".join(lines)
 
 
 def test_methods_are_compared_with_those_of_other_libraries(capsys):

@@ -7,7 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 
+from paxo import rounds
 from paxo.experiment import load, run_file, settings_of
+from paxo.judges import JudgeError
+from paxo.online import RoundError
+from tests.made_run import compiled_quickly
 
 EXPERIMENTS = pathlib.Path(__file__).resolve().parent.parent / "experiments"
 FILES = sorted(EXPERIMENTS.glob("*_prompts.py"))
@@ -39,10 +43,15 @@ def test_a_flag_changes_a_methods_numbers_and_names_another():
     assert changed.method.num_candidates == 4
 
 
+def run_short(folder):
+    with compiled_quickly(folder / "programs"):
+        run_file(EXPERIMENTS / "egpo_prompts.py", SHORT, folder)
+
+
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("egpo")
-    run_file(EXPERIMENTS / "egpo_prompts.py", SHORT, folder)
+    run_short(folder)
     return folder
 
 
@@ -67,32 +76,34 @@ def test_a_run_leaves_figures_plots_data_and_an_export(short_run):
 
 def test_a_finished_run_that_is_started_again_changes_nothing(short_run):
     before = (short_run / "metrics.jsonl").read_text()
-    run_file(EXPERIMENTS / "egpo_prompts.py", SHORT, short_run)
+    run_short(short_run)
     assert (short_run / "metrics.jsonl").read_text() == before
 
 
-def test_a_stopped_run_goes_on_to_the_same_figures(short_run, tmp_path):
-    from paxo import rounds
-
-    stopped = pathlib.Path(tmp_path)
-    evaluate, calls = rounds.Evaluator.__call__, []
+def test_a_run_whose_judge_dies_tells_what_was_and_goes_on_to_the_same_figures(
+    short_run, tmp_path, monkeypatch
+):
+    figures, calls = rounds.Evaluator._figures, []
 
     def dies(self, *given):
         calls.append(given)
         if len(calls) == 2:
-            raise KeyboardInterrupt
-        return evaluate(self, *given)
+            raise JudgeError("judge 'styles' failed: no route to host")
+        return figures(self, *given)
 
-    rounds.Evaluator.__call__ = dies
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run_file(EXPERIMENTS / "egpo_prompts.py", SHORT, stopped)
-    finally:
-        rounds.Evaluator.__call__ = evaluate
-    run_file(EXPERIMENTS / "egpo_prompts.py", SHORT, stopped)
-    assert _figures(stopped) == _figures(short_run)
+    with monkeypatch.context() as patched:
+        patched.setattr(rounds.Evaluator, "_figures", dies)
+        told = "the evaluation after round 2: judge 'styles' failed: .* run the same command again"
+        with pytest.raises(RoundError, match=told):
+            run_short(tmp_path)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["history"]
+    assert row["round"] == 1
+    assert (tmp_path / "rounds.png").stat().st_size > 5000
+    assert not (tmp_path / "export").exists()
+    run_short(tmp_path)
+    assert _figures(tmp_path) == _figures(short_run)
     first, again = (
-        (folder / "export" / "model.safetensors").read_bytes() for folder in (short_run, stopped)
+        (folder / "export" / "model.safetensors").read_bytes() for folder in (short_run, tmp_path)
     )
     assert first == again
 

@@ -91,21 +91,26 @@ def plot_rounds(
     *,
     panels: Mapping[str, str] = PANELS,
     exact: Mapping[str, Any] | None = None,
+    title: str = "",
 ) -> None:
     """Draws figures over rounds, a panel each, with their intervals where there are any.
 
     Args:
         path: PNG file.
         history: figures of each evaluation, with "round".
-        panels: figure -> title; those that are not in the history are left out.
+        panels: figure -> title; those that are not in the history are left out. Win rates and
+            shares ("share_...") have the same axis from 0 to 1.
         exact: figure -> value to be reached, drawn as a line.
+        title: above all panels.
     """
     import matplotlib.figure
+    import matplotlib.ticker
 
     shown = [name for name in panels if any(name in row for row in history)]
     columns = min(3, max(len(shown), 1))
     rows = -(-max(len(shown), 1) // columns)
     figure = matplotlib.figure.Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    figure.suptitle(title, fontsize=11)
     for place, name in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, place)
         seen = [row for row in history if name in row]
@@ -114,13 +119,20 @@ def plot_rounds(
         if f"{name}_low" in seen[0]:
             low, high = ([row[f"{name}_{end}"] for row in seen] for end in ("low", "high"))
             axes.fill_between(rounds, low, high, alpha=0.2)
+            if len(seen) == 1:  # an area without a width is not seen
+                axes.vlines(rounds, low, high, alpha=0.4)
         if name.startswith("win_rate"):
             axes.axhline(0.5, color="0.6", linewidth=0.8)
+        if name.endswith("gap"):
+            axes.axhline(0, color="0.6", linewidth=0.8)
+        if name.startswith(("win_rate", "share_")):
             axes.set_ylim(-0.02, 1.02)
         if exact and name in exact:
-            axes.axhline(exact[name], color="C3", linewidth=0.8, linestyle="--")
+            axes.axhline(exact[name], color="C3", linewidth=0.8, linestyle="--", label="exact")
+            axes.legend(fontsize=7, loc="upper right")
         axes.set_title(panels[name], fontsize=9)
         axes.set_xlabel("round", fontsize=8)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -21,7 +21,7 @@ class Reward:
     def scale_of(self, hyper_parameters: Mapping[str, Any]) -> float:
         """The factor with these hyper-parameters."""
         inverse, name = self.scale.startswith("1/"), self.scale.removeprefix("1/")
-        factor = float(hyper_parameters[name]) if name else 1.0
+        factor = hyper_parameters[name] if name else 1.0
         return 1 / factor if inverse else factor
 
     def is_per_token(self, hyper_parameters: Mapping[str, Any]) -> bool:

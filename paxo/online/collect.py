@@ -162,10 +162,12 @@ def _too_few(name: str, groups: int, prompts: int, least: int, counts: Mapping[s
     if groups:
         found = f"{groups} groups of {prompts} prompts ({_told(counts)}) cannot be dealt out to "
         found += f"rounds.minibatches={least} steps"
+    more = "prompts, or lower minibatches" if groups else "candidates"
     return (
-        f"{name}: {found}; nothing of the round was kept: raise the temperature, max_new_tokens or "
-        f"the number of {'prompts, or lower minibatches' if groups else 'candidates'}, or look at "
-        "the judge"
+        f"{name}: {found}; nothing of the round was kept. The same command draws the same "
+        "completions: run it again once the judge answers otherwise, or export this run's last "
+        "policy and start from it in another folder, after you raise the temperature, "
+        f"max_new_tokens or the number of {more}"
     )
 
 

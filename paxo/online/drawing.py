@@ -104,7 +104,11 @@ class Drawer:
             prompts: one list of them is one round's.
             key: random key.
             mix: weight of the reference, for `source="mixture"`.
+
+        Raises:
+            ValueError: as `check`.
         """
+        self.check(prompts)
         sampler = self._sampler(draw, policies, mix)
         share = RowShare(0, 1) if self.mesh is None else row_share(self.mesh)
         own = list(prompts[share.index :: share.count])

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from paxo.objectives import Objective
 
 ANY_REWARD = "*"  # in `Method.rewards`: at least one function, of whatever name
+OWN_ROLES = ("reference", "previous")  # that the loop itself has
 
 Source = Literal["policy", "reference", "mixture", "average", "data"]
 SOURCES = typing.get_args(Source)
@@ -74,8 +75,8 @@ class Schedule:
             the new anchor.
         replay: shares of a round's number of groups that are added from the last round, the one
             before it and so on; "all" adds all that earlier rounds have trained on.
-        hyper_parameters: name -> `(round, num_rounds) -> value` of the objective's. Every other
-            value compiles the step anew.
+        hyper_parameters: name -> `(round, num_rounds) -> value` of the objective's, a number that
+            its loss calculates with. The round is traced: one step is compiled for all of them.
     """
 
     extragradient: bool = False
@@ -85,7 +86,7 @@ class Schedule:
     average: float = 0.0
     optimistic: bool = False
     replay: tuple[float, ...] | Literal["all"] = ()
-    hyper_parameters: Mapping[str, Callable[[int, int], float]] = dataclasses.field(
+    hyper_parameters: Mapping[str, Callable[[Any, int], Any]] = dataclasses.field(
         default_factory=dict
     )
 
@@ -108,6 +109,23 @@ class Schedule:
                 raise ValueError(f"schedule.{name} must lie in [0, 1); got {getattr(self, name)}")
         if self.extragradient and (self.optimistic or self.extrapolation):
             raise ValueError("schedule.extragradient goes with no other look-ahead")
+
+    def check(self, loss: Objective, num_rounds: int) -> None:
+        """Raises ValueError where a hyper-parameter of some round is out of its range."""
+        for name, value in self.hyper_parameters.items():
+            for number in range(num_rounds):
+                try:
+                    loss.with_field(name, float(value(number, num_rounds)))
+                except ValueError as error:
+                    raise ValueError(
+                        f"schedule.hyper_parameters, round {number}: {error}"
+                    ) from error
+
+    def objective(self, loss: Objective, number: Any, num_rounds: int) -> Objective:
+        """The objective with the hyper-parameters of a round, whose number may be traced."""
+        for name, value in self.hyper_parameters.items():
+            loss = loss.with_field(name, value(number, num_rounds), check=False)
+        return loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,20 +188,39 @@ class Method:
         """Whether candidates or opponents come from there."""
         return any(draw.source == source for draw in (*self.draws, *self.opponents))
 
-    def roles(self, objective: Objective) -> tuple[str, ...]:
-        """Roles whose log-probs are attached for an objective, the row's or that of a round.
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles whose log-probs are attached.
 
-        Those that it cannot do without, those of the row, and where `beta` weighs a KL to a role
-        that is optional otherwise (GRPO), that one.
+        Those that the objective cannot do without, those of the row, and where `beta` weighs a KL
+        to a role that is optional otherwise (GRPO), that one.
         """
-        penalised = objective.optional_roles if objective.hyper_parameters.get("beta") else ()
-        return tuple(dict.fromkeys((*objective.frozen_roles, *self.attach, *penalised)))
+        penalised = self.objective.hyper_parameters.get("beta")
+        optional = self.objective.optional_roles if penalised else ()
+        return tuple(dict.fromkeys((*self.objective.frozen_roles, *self.attach, *optional)))
 
     @property
     def num_completions(self) -> int:
         """Completions that each prompt must have in the data set."""
         drawn = sum(draw.count for draw in (*self.draws, *self.opponents) if draw.source == "data")
         return max(drawn, int(self.reset > 0))
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What a run must bring, in words.
+
+        >>> Method.named("selm").needs
+        ('a judge', '2 completions of each prompt')
+        """
+        found = ["a judge"] if self.judged else []
+        found += [
+            "any rewards" if name == ANY_REWARD else f"a reward {name!r}" for name in self.rewards
+        ]
+        if self.num_completions:
+            several = "s" * (self.num_completions > 1)
+            found.append(f"{self.num_completions} completion{several} of each prompt")
+        found += [f"a frozen policy {role!r}" for role in self.roles if role not in OWN_ROLES]
+        return tuple(found)
 
     @property
     def opponents(self) -> tuple[Draw, ...]:

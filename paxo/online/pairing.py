@@ -67,7 +67,7 @@ def pairs(order: Literal["none", "winner", "drawn"] = "none") -> Pairing:
     Args:
         order: "none" leaves them as drawn and asks no judge; "winner" puts the preferred one first
             and leaves out ties; "drawn" draws who is first with the judge's probability, as the
-            theory of INPO and online IPO has it.
+            theory of INPO, arXiv:2407.00617, has it.
     """
     if order not in ("none", "winner", "drawn"):
         raise ValueError(f"order must be none, winner or drawn; got {order!r}")
@@ -102,12 +102,18 @@ def _of_pairs(
 
 
 def ordered_pair(bench: Bench, rng: np.random.Generator) -> Chosen:
-    """Of candidates 0 and 1 the preferred one first; the others follow (XPO, VPO)."""
+    """Of candidates 0 and 1 the preferred one first; the others follow.
+
+    For XPO, arXiv:2405.21046, and VPO, arXiv:2405.19320.
+    """
     return _with_others(bench, _first_two("winner", bench, rng))
 
 
 def given_pair(bench: Bench, rng: np.random.Generator) -> Chosen:
-    """Candidates 0 and 1 as the data set has them, chosen first; the others follow (HyPO)."""
+    """Candidates 0 and 1 as the data set has them, chosen first; the others follow.
+
+    For HyPO, arXiv:2406.01462.
+    """
     return _with_others(bench, _first_two("none", bench, rng))
 
 
@@ -132,7 +138,7 @@ def best_and_worst(by: str = "preferences", *, rest: bool = False) -> Pairing:
         by: "preferences" counts wins against the other candidates, a comparison with itself as 1/2;
             else the name of a reward function. Candidates that the judge gave up on, or that have
             no reward, are not among them.
-        rest: the others follow in the order of the draws (SELM).
+        rest: the others follow in the order of the draws (SELM, arXiv:2405.19332).
     """
     found = functools.partial(_best_and_worst, by, rest)
     return found if rest else of_size(2)(found)
@@ -161,7 +167,7 @@ def tournament(bench: Bench, rng: np.random.Generator) -> Chosen:
 
     Eight candidates take 11 comparisons instead of 28. A pair is kept only if the judge prefers the
     best to the worst. A candidate that may not be trained on loses every match unasked; a prompt of
-    which the judge gave up on a match is left out.
+    which the judge gave up on a match is left out. arXiv:2407.00617.
     """
     del rng
     size = bench.num_candidates
@@ -220,6 +226,8 @@ def margin_pairs(
         good: least score of a winner.
         margin: least distance to a loser if the winner comes from the data set (the teacher).
         own_margin: the same if it is the policy's own.
+
+    arXiv:2404.03715.
     """
     return of_size(2)(functools.partial(_margin_pairs, score, good, margin, own_margin))
 

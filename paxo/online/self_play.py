@@ -24,10 +24,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from paxo.objectives import Objective
 from paxo.online import anchors as anchoring
 from paxo.online.anchors import Anchors
-from paxo.online.collect import Collected, Judges, collect
+from paxo.online.collect import Collected, Judges, RoundError, collect
 from paxo.online.drawing import Drawer
 from paxo.online.groups import Group, Prompt
 from paxo.online.method import Method
@@ -39,7 +38,7 @@ from paxo.scoring import attach_logps, make_scorer
 from paxo.training.checkpoint import Checkpointer
 from paxo.training.loop import NonFiniteLossError, fit
 from paxo.training.state import TrainState, init_state, snapshot, state_shardings
-from paxo.training.step import compile_step, make_train_step
+from paxo.training.step import CompiledStep, compile_step, make_train_step
 from paxo.training.writers import Writer
 from paxo.types import Params, Policy, PreferenceBatch
 
@@ -108,8 +107,8 @@ def play(
         log_every: steps between lines of metrics.
 
     Raises:
-        RoundError: a round could not be judged or paired; the run goes on from there when started
-            again.
+        RoundError: a round could not be judged or paired; a checkpoint of what was before it is
+            left, and the run goes on from there when started again.
         ValueError: method, judges, prompts and settings do not go together.
     """
     frozen = dict(frozen or {})
@@ -142,9 +141,15 @@ def play(
     try:
         while place.round < settings.num_rounds:
             began, before = time.perf_counter(), int(state.step)
-            state, anchors, figures = run.round(
-                place, state, anchors, checkpointer=checkpointer, writer=writer, log_every=log_every
-            )
+            try:
+                state, anchors, figures = run.round(
+                    place, state, anchors,
+                    checkpointer=checkpointer, writer=writer, log_every=log_every,
+                )  # fmt: skip
+            except RoundError:  # before its first step: the policy of the last round is kept
+                if checkpointer is not None and before > (checkpointer.latest_step() or 0):
+                    checkpointer.save(before, _saved(state, anchors), place._asdict())
+                raise
             place = _Place(place.round + 1, 0)
             last = place.round == settings.num_rounds
             if evaluate is not None and (last or _falls_on(place.round, settings.evaluate_every)):
@@ -215,7 +220,7 @@ class _Run:
         abstract = self._abstract.replace(frozen=self.base)
         self.shardings = state_shardings(abstract, self.placed, self.optimizer, placed_base)
         self.base = jax.device_put(self.base, self.shardings.frozen)
-        self._compiled: tuple[Objective, dict] | None = None
+        self._compiled: dict[bool, CompiledStep] = {}
 
     # --- the state ---
 
@@ -253,12 +258,11 @@ class _Run:
         if place.step == 0:
             anchors = anchors | {"snapshot": snapshot(state.params)}
         one_round = self._extragradient if self.schedule.extragradient else self._fits
-        objective = self._objective(place.round)
-        state, anchors, figures = one_round(place, state, anchors, objective, **kept)
+        state, anchors, figures = one_round(place, state, anchors, **kept)
         state, anchors = anchoring.moved(self.schedule, place.round, state, anchors)
         return state, anchors, {f"round/{name}": x for name, x in figures.items()}
 
-    def _fits(self, place, state, anchors, objective, **kept):
+    def _fits(self, place, state, anchors, **kept):
         """All steps of a round; an optimistic one fits its anchor first, then the policy."""
         collected = self._collected(place.round, anchors)
         groups = collected.groups + self.files.replayed(
@@ -274,15 +278,15 @@ class _Run:
                     state = state.replace(params=snapshot(anchors["anchor"]))
                 else:
                     anchors = anchors | {"anchor": snapshot(state.params)}
-            batches = self._batches(place.round, groups, anchors, objective)
+            batches = self._batches(place.round, groups, anchors)
             feed = _Feed(batches, place.round, before, begin)
-            state = self._fit(state, anchors, objective, feed, **kept)
+            state = self._fit(state, anchors, feed, **kept)
         return state, anchors, collected.figures
 
-    def _fit(self, state, anchors, objective, feed, *, checkpointer, writer, log_every):
+    def _fit(self, state, anchors, feed, *, checkpointer, writer, log_every):
         saver = None if checkpointer is None else _Saver(checkpointer, anchors)
         return fit(
-            self._step(objective, donate=True),
+            self._step(donate=True),
             state,
             feed,
             num_steps=int(state.step) + feed.left,
@@ -292,14 +296,14 @@ class _Run:
             whole=False,
         )
 
-    def _extragradient(self, place, state, anchors, objective, **kept):
+    def _extragradient(self, place, state, anchors, **kept):
         """The same step twice from one state: nothing needs restoring, as the state is a value."""
         number = place.round
         if place.step:  # it was stopped after the step
             return state, anchors, self._collected(number, anchors).figures
         collected = self._collected(number, anchors, "-half")
-        batch = self._batches(number, collected.groups, anchors, objective)[0]
-        half, metrics = self._step(objective, donate=False)(state, batch)
+        batch = self._batches(number, collected.groups, anchors)[0]
+        half, metrics = self._step(donate=False)(state, batch)
         if not all(math.isfinite(float(metrics[name])) for name in ("loss", "grad_norm")):
             raise NonFiniteLossError(
                 f"loss or grad_norm of the first half of round {number} is not finite: look at "
@@ -308,8 +312,8 @@ class _Run:
             )
         against = self._policies(anchors) | {"policy": self.whole(half.params)}
         collected = self._collected(number, anchors, opponents=against)
-        batches = self._batches(number, collected.groups, anchors, objective)
-        state = self._fit(state, anchors, objective, _Feed(batches, number, 0, 0), **kept)
+        batches = self._batches(number, collected.groups, anchors)
+        state = self._fit(state, anchors, _Feed(batches, number, 0, 0), **kept)
         return state, anchors, collected.figures
 
     # --- data ---
@@ -352,23 +356,29 @@ class _Run:
         order = rng.permutation(len(self.prompts))
         return [self.prompts[i] for i in order[place * size : (place + 1) * size]]
 
-    def _batches(self, number, groups, anchors, objective) -> list[PreferenceBatch]:
-        """Every step's batch of a fit, with all that is fixed attached."""
-        parts = []
-        for epoch in range(self.settings.epochs):
-            rng = np.random.default_rng((self.settings.seed, number, epoch, 7))
-            dealt = np.array_split(rng.permutation(len(groups)), self.settings.minibatches)
-            parts += [[groups[i] for i in part] for part in dealt]
+    def _batches(self, number, groups, anchors) -> list[PreferenceBatch]:
+        """Every step's batch of a fit, with all that is fixed attached.
+
+        Groups are dealt out, packed and scored once; each epoch takes the batches in its own order.
+        """
+        count = self.settings.minibatches
+        rng = np.random.default_rng((self.settings.seed, number, 0, 7))
+        dealt = np.array_split(rng.permutation(len(groups)), count)
+        parts = [[groups[i] for i in part] for part in dealt]
         batches = [place_rows(own_part(self.pack(part), self.mesh), self.mesh) for part in parts]
-        for role in self.method.roles(objective):
+        for role in self.method.roles:
             scorer = make_scorer(self.policy, self._frozen(role, anchors), mesh=self.mesh)
-            tokens = objective.reads_tokens(role) or self.method.by_token
+            tokens = self.method.objective.reads_tokens(role) or self.method.by_token
             batches = [attach_logps(b, role, scorer, tokens=tokens) for b in batches]
         if self.method.shape is not None:
             with jax.set_mesh(self.mesh):
                 tools = Tools(self.policy, self.whole(anchors["snapshot"]))
                 batches = self.method.shape(batches, tools)
-        return batches
+        orders = [range(count)]
+        for epoch in range(1, self.settings.epochs):
+            rng = np.random.default_rng((self.settings.seed, number, epoch, 7))
+            orders.append(rng.permutation(count).tolist())
+        return [batches[i] for order in orders for i in order]
 
     def _frozen(self, role: str, anchors: Anchors) -> Params:
         if role == "previous":
@@ -379,24 +389,31 @@ class _Run:
 
     # --- the step ---
 
-    def _objective(self, number: int) -> Objective:
-        """The objective with the hyper-parameters of this round."""
-        objective = self.method.objective
-        for name, value in self.schedule.hyper_parameters.items():
-            objective = objective.with_field(name, float(value(number, self.settings.num_rounds)))
-        return objective
-
-    def _step(self, objective: Objective, *, donate: bool):
-        """The compiled step; an objective with other numbers than the last one's is another."""
-        if self._compiled is None or self._compiled[0] != objective:
-            self._compiled = (objective, {})
-        steps = self._compiled[1]
-        if donate not in steps:
-            body = make_train_step(
-                self.policy, objective, self.optimizer, microbatches=self.microbatches
+    def _step(self, *, donate: bool):
+        """The compiled step."""
+        if donate not in self._compiled:
+            self._compiled[donate] = compile_step(
+                self._body, self.mesh, self.shardings, donate=donate
             )
-            steps[donate] = compile_step(body, self.mesh, self.shardings, donate=donate)
-        return steps[donate]
+        return self._compiled[donate]
+
+    def _body(self, state: TrainState, batch: PreferenceBatch):
+        """A step with the hyper-parameters of its round: numbers of the program, not in it."""
+        number = state.step // self.settings.steps_per_round(self.method)
+        objective = self.schedule.objective(self.method.objective, number, self.settings.num_rounds)
+        step = make_train_step(
+            self.policy, objective, self.optimizer, microbatches=self.microbatches
+        )
+        try:
+            return step(state, batch)
+        except jax.errors.ConcretizationTypeError as error:
+            if not self.schedule.hyper_parameters:
+                raise
+            raise ValueError(
+                f"schedule.hyper_parameters of {', '.join(self.schedule.hyper_parameters)}: "
+                f"{self.method.objective.name!r} takes decisions by one of them, so it must be the "
+                "same in all rounds"
+            ) from error
 
 
 class _Feed:

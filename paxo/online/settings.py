@@ -4,9 +4,7 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from paxo.online.groups import Prompt
-from paxo.online.method import Method
-
-OWN_ROLES = ("reference", "previous")  # that the loop itself has
+from paxo.online.method import OWN_ROLES, Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +16,8 @@ class RoundSettings:
         prompts_per_round: prompts that are answered in a round. Those that are left over at the end
             of an epoch are not used in it; every epoch has another order.
         epochs: times that a round's groups are trained on.
-        minibatches: steps of an epoch; the round's groups are dealt out to them.
+        minibatches: steps of an epoch; the round's groups are dealt out to them once, and each
+            epoch takes them in another order.
         evaluate_every: rounds between evaluations; 0 only after the last.
         seed: of the order of prompts, all draws and shuffles.
     """
@@ -60,12 +59,13 @@ class RoundSettings:
                 f"rounds.prompts_per_round={self.prompts_per_round}, but there are {len(prompts)} "
                 "prompts: lower it or give more"
             )
-        for role in method.roles(method.objective):
+        for role in method.roles:
             if role not in (*OWN_ROLES, *frozen):
                 raise ValueError(
                     f"method {method.name!r} needs a frozen policy under the role {role!r}: give "
                     f"frozen={{{role!r}: params}}"
                 )
+        method.schedule.check(method.objective, self.num_rounds)
         for prompt in prompts:
             if len(prompt.completions) < method.num_completions:
                 raise ValueError(

@@ -38,7 +38,7 @@ Shape = Callable[[Sequence[PreferenceBatch], Tools], list[PreferenceBatch]]
 
 
 def penalised_rewards(beta: float, *, extra: str = "rewards") -> Shape:
-    r"""Rewards less $\beta \log(\pi_t / q)$ of the whole completion (P3O, REBEL, MDPO).
+    r"""Rewards less $\beta \log(\pi_t / q)$ of the whole completion (P3O, REBEL).
 
     Args:
         beta: reward per nat.

@@ -103,7 +103,8 @@ _reward_pair = functools.partial(of_rewards, count=2, pairing=pairs("none"))
 
 LIVE_PAIRS = (
     row("online_dpo", "2402.04792", "dpo"),
-    row("online_slic", "2305.10425", "slic_hf"),
+    # The hinge with a reference of the online paper; that of SLiC-HF has none (`slic_hf`).
+    row("online_slic", "2402.04792", "rso_hinge"),
     row("online_simpo", "2405.14734", "simpo"),
     _soft_pair("online_ipo", "2403.08635"),
     _soft_pair("online_ipo_v2", "2503.08942"),
@@ -264,6 +265,7 @@ TOKEN_REWARDS = (
 )
 
 REWARDED = (
+    # Numbers of these two are TRL's; the first GRPO has `method.beta=0.04`.
     of_rewards("grpo", "2402.03300", count=8),
     of_rewards("rloo", "2402.14740", count=2),
     # The weight of the KL penalty of p3o is not known here.
@@ -277,7 +279,8 @@ REWARDED = (
         schedule=Schedule(hyper_parameters={"t_k": lambda t, total: 1 - t / total}),
     ),
     of_rewards("brain", "2402.02479", count=8),  # K is ours
-    of_rewards("oreo", "2412.16145"),
+    # On the policy's own completions, as when the paper iterates; it starts from a data set's.
+    of_rewards("oreo", "2412.16145", pairing=every_candidate),
 )
 
 SEVERAL_REWARDS = (

@@ -41,7 +41,7 @@ def win_rates(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
 
 
 def preference_scores(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
-    """Mean logit of winning against all candidates, itself as 0 (GPO)."""
+    """Mean logit of winning against all candidates, itself as 0: GPO's, arXiv:2410.02197."""
     p = bench.among_candidates()
     tiny = np.finfo(np.float32).tiny  # a sure win is a large score, not an infinite one
     scores = np.log(np.maximum(p, tiny)) - np.log(np.maximum(1 - p, tiny))
@@ -72,7 +72,10 @@ def wins_as_rewards(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
 
 
 def leave_one_out(name: str = "reward") -> Target:
-    """Advantages of whole completions: the reward minus the mean of the group's others (MDPO)."""
+    """Advantages of whole completions: the reward minus the mean of the group's others.
+
+    RLOO's, arXiv:2402.14740, given to MDPO.
+    """
 
     def target(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
         found, there = of_chosen(bench.rewards(name), chosen), chosen.indices >= 0
@@ -102,7 +105,7 @@ def lowest_mean_reward(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
 
 
 def constraints(name: str = "constraints") -> Target:
-    """Several rewards of each candidate, `[M, n, rewards]`, for constrained RLHF."""
+    """Several rewards of each candidate `[M, n, rewards]`: constrained RLHF, arXiv:2310.04373."""
 
     def target(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
         found = bench.rewards(name)
@@ -113,7 +116,10 @@ def constraints(name: str = "constraints") -> Target:
 
 
 def judgements(name: str = "passed") -> Target:
-    """1 for candidates that pass all judges of a function `[B, N]` or `[B, N, judges]` (CGPO)."""
+    """1 for candidates that pass all judges of a function `[B, N]` or `[B, N, judges]`.
+
+    CGPO's, arXiv:2409.20370.
+    """
 
     def target(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
         found = bench.rewards(name)
@@ -124,7 +130,10 @@ def judgements(name: str = "passed") -> Target:
 
 
 def baseline(name: str = "reward") -> Target:
-    """The mean reward of the prompt's opponents, the same for all of its candidates (CGPO)."""
+    """The mean reward of the prompt's opponents, the same for all of its candidates.
+
+    CGPO's baseline, arXiv:2409.20370.
+    """
 
     def target(bench: Bench, chosen: Chosen) -> dict[str, np.ndarray]:
         found = bench.rewards(name)[:, bench.num_candidates :].mean(-1, keepdims=True)

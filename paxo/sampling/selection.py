@@ -3,6 +3,7 @@
 Pure functions of what a sampler drew and of rewards `[B, K]`, from whatever judge.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -86,6 +87,11 @@ def rejection_sample(
         raise ValueError(f"num must be at least 1; got {num}")
     where = _judged(rewards, where)
     chex.assert_shape(ids, rewards.shape[:1])
+    return _of_all_prompts(key, rewards, ids, where, num, beta)
+
+
+@functools.partial(jax.jit, static_argnums=4)  # outside of a program a loop compiles at every call
+def _of_all_prompts(key, rewards, ids, where, num: int, beta) -> Accepted:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
     of_prompt = lambda key, r, pool: _rejection_sample(key, r, pool, num, beta)  # noqa: E731
     return jax.vmap(of_prompt)(keys, rewards, where)

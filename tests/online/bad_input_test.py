@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import re
 import socket
 
+import jax
 import numpy as np
 import pytest
 
 from paxo.games.as_policy import stop_ids
 from paxo.judges import CheckedJudge, Endpoint, LanguageModelJudge
-from paxo.online import METHODS, Drawer, Drawn, RoundError, RoundSettings, method
+from paxo.online import METHODS, Draw, Drawer, Drawn, RoundError, RoundSettings, method
 from paxo.online.round_files import RoundFiles
 from paxo.sampling import SamplingConfig
 from paxo.training.checkpoint import Checkpointer
+from tests.compiling import quick_compiles  # noqa: F401
 from tests.online import playing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def checked(function):
@@ -87,6 +92,29 @@ def test_a_judge_that_fails_is_named_and_the_run_goes_on_when_it_works(make_judg
     assert not [p for p in (broken / "checkpoints").iterdir() if p.name.isdigit()]
     results = [playing.play_game(game, row, folder) for folder in (broken, tmp_path / "whole")]
     np.testing.assert_array_equal(*(r.state.params["logits"] for r in results))
+
+
+def test_a_round_that_fails_leaves_a_checkpoint_of_what_was_before_it(tmp_path):
+    game, row, asked = playing.a_game(), METHODS["online_dpo"], []
+
+    def judge(prompts, rows, wanted=None):
+        asked.append(len(prompts))
+        return raising(prompts, rows) if len(asked) == 3 else right(prompts, rows, wanted)
+
+    def attempt():
+        with Checkpointer(tmp_path / "checkpoints", every=100) as saver:
+            judges = playing.judges_of(game, judge=checked(judge))
+            return playing.play_game(
+                game, row, tmp_path, rounds=4, judges=judges, checkpointer=saver
+            )
+
+    with pytest.raises(RoundError, match="round 0002: 16 prompts were answered, but not judged"):
+        attempt()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == ["2"]
+    result = attempt()
+    assert len(asked) == 5  # two rounds, the one that failed, and the two that were left
+    whole = playing.play_game(game, row, tmp_path / "whole", rounds=4)
+    np.testing.assert_array_equal(playing.logits_of(result), playing.logits_of(whole))
 
 
 def test_a_judge_that_gives_up_on_some_is_counted_and_they_are_left_out(tmp_path):
@@ -179,6 +207,8 @@ def test_prompts_without_room_for_a_completion_are_refused_before_anything_is_dr
     told = "prompt 7 has 2 tokens; with max_new_tokens=2 that exceeds the model's 3 positions"
     assert told in str(caught.value)
     assert nothing_is_kept(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(told)):  # whoever draws
+        drawer(Draw(), {}, asked, jax.random.key(0))
     # DR-PO draws for a prompt with all but the last token of its answer behind it.
     asked = playing.prompts_for(game, 16, 1)
     asked[3] = dataclasses.replace(asked[3], completions=(np.zeros(3, np.int32),))

@@ -9,7 +9,10 @@ import pytest
 from paxo.online import METHODS, RoundSettings, method, self_play
 from paxo.online.method import ANY_REWARD, Draw, Method, Schedule
 from paxo.online.pairing import filtered
+from tests.compiling import compilations, quick_compiles  # noqa: F401
 from tests.online import playing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 # Row -> what a game of four actions wants instead of the papers' numbers, which are for texts.
 SETTINGS = {
@@ -80,9 +83,10 @@ def arrays_of(batch):
     return {"labels", "where"} | FROM_STEP | set(batch.extras) | summed | tokens
 
 
-# One of each pairing and target that no other test plays.
+# One of each pairing and target that no other test plays, and of each look-ahead and schedule.
 QUICK = {
     *("gpo", "inpo", "selm", "hypo", "rso", "grpo", "constrained", "cgpo_crpg", "maxmin"),
+    *("egpo", "apo", "mdpo"),
 }
 
 
@@ -90,7 +94,7 @@ QUICK = {
     "name",
     [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS],
 )
-def test_a_row_plays_two_rounds_and_its_loss_gets_all_arrays(name, tmp_path, monkeypatch):
+def test_a_row_plays_its_loss_gets_all_arrays_and_compiles_once(name, tmp_path, monkeypatch):
     game, seen, original = playing.a_game(), [], self_play.fit
 
     def fit(step, state, feed, **given):
@@ -100,19 +104,27 @@ def test_a_row_plays_two_rounds_and_its_loss_gets_all_arrays(name, tmp_path, mon
     monkeypatch.setattr(self_play, "fit", fit)
     row, first = method(name, **SETTINGS[name]), playing.policy_of(game)[1]
     frozen = {"dpo": first} if "dpo" in row.attach else None
-    before = np.array(first["logits"])
+    before, compiled = np.array(first["logits"]), []
     judges = playing.judges_of(game)
     if ANY_REWARD in row.rewards:  # each reward is a group of users
         judges.rewards.pop("constraints")
-    result = playing.play_game(game, row, tmp_path, frozen=frozen, judges=judges)
+    with compilations() as counter:
+        result = playing.play_game(
+            game, row, tmp_path, frozen=frozen, judges=judges, rounds=3,
+            pack=playing.packer(row.group_size, rows=32),  # replay has more groups every round
+            evaluate=lambda *_: compiled.append(counter.count) or {},
+        )  # fmt: skip
     after = np.array(result.state.params["logits"])
     assert np.isfinite(after).all()
     assert np.abs(after - before).max() > 1e-5
-    assert len(seen) == 2 * (2 if row.schedule.optimistic else 1)
+    assert len(seen) == 3 * (2 if row.schedule.optimistic else 1)
     wanted = set(row.objective.arrays) - LEFT_OUT.get(name, set())
     assert wanted <= arrays_of(seen[-1])
     assert {f"{role}_logps" for role in row.attach} <= arrays_of(seen[-1])
     assert seen[-1].where.shape[-1] == row.group_size
+    # A look-ahead begins in the second round, so the third one is the first with nothing new.
+    assert compiled[2] == compiled[1]
+    assert compiled[1] == compiled[0] or row.schedule.extrapolation
 
 
 def test_the_filter_that_keeps_the_best_alone_trains_too(tmp_path):
@@ -124,8 +136,8 @@ def test_the_filter_that_keeps_the_best_alone_trains_too(tmp_path):
 
 def test_grpo_attaches_its_reference_only_where_a_penalty_reads_it():
     free, penalised = (method("grpo", beta=beta) for beta in (0.0, 0.04))
-    assert free.roles(free.objective) == ("previous",)
-    assert penalised.roles(penalised.objective) == ("previous", "reference")
+    assert free.roles == ("previous",)
+    assert penalised.roles == ("previous", "reference")
 
 
 def test_names_and_numbers_are_the_papers():
@@ -176,17 +188,31 @@ def test_a_setting_that_cannot_be_is_refused_in_words(make, message):
 
 
 def test_mdpo_steps_become_shorter_over_the_rounds(tmp_path, monkeypatch):
-    seen = []
-    original = self_play.make_train_step
+    seen, original = [], self_play.make_train_step
 
     def make_train_step(policy, objective, *args, **given):
-        seen.append(objective.hyper_parameters["t_k"])
+        jax.debug.callback(lambda x: seen.append(float(x)), objective.hyper_parameters["t_k"])
         return original(policy, objective, *args, **given)
 
     monkeypatch.setattr(self_play, "make_train_step", make_train_step)
-    game = playing.a_game()
-    playing.play_game(game, METHODS["mdpo"], tmp_path, rounds=4)
-    assert seen == [1.0, 0.75, 0.5, 0.25]
+    settings = RoundSettings(4, prompts_per_round=8, epochs=2)
+    playing.play_game(playing.a_game(), METHODS["mdpo"], tmp_path, settings=settings)
+    jax.effects_barrier()
+    assert seen == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "told"),
+    [
+        ("mdpo", "t_k", lambda t, total: 1.0 - t, "round 1: objective 'mdpo': t_k"),
+        ("grpo", "beta", lambda t, total: 0.1 / (1 + t), "must be the same in all rounds"),
+    ],
+)
+def test_a_schedule_that_a_loss_cannot_have_is_refused(name, setting, value, told, tmp_path):
+    schedule = Schedule(hyper_parameters={setting: value})
+    row = dataclasses.replace(METHODS[name], schedule=schedule)
+    with pytest.raises(ValueError, match=told):
+        playing.play_game(playing.a_game(), row, tmp_path)
 
 
 def test_an_egpo_round_costs_twice_an_online_ipo_round(tmp_path, monkeypatch):

@@ -73,14 +73,14 @@ def prompts_for(game, num, completions=0):
     return [Prompt(ids, i, None, answers(), (True,) * completions) for i in range(num)]
 
 
-def packer(size, length=64):
-    """Groups of one-token completions in rows of one length."""
+def packer(size, length=64, rows=1):
+    """Groups of one-token completions in rows of one length, their number a multiple of `rows`."""
     shape = RowShape(length, length, length // (size + 1), size, 4)
 
     def pack(groups):
         fields = [TokenGroup(**vars(group)) for group in groups]
         batch, _ = pack_groups(fields, shape)
-        return pad_rows(batch, padded_size(len(batch.tokens), 1))
+        return pad_rows(batch, padded_size(len(batch.tokens), rows))
 
     return pack
 

@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +16,11 @@ from paxo.online import RoundError, RoundSettings, method
 from paxo.online.round_files import RoundFiles
 from paxo.training.checkpoint import BUCKET, Checkpointer, checkpoint_folder
 from paxo.training.writers import TIMING_KEYS, JsonlWriter
-from tests.online import playing
+from tests.compiling import quick_compiles  # noqa: F401
+from tests.made_run import PROJECT
+from tests.online import killed, playing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROUNDS = 4
 # Mechanism -> row, its settings, epochs, minibatches, and the step after which SIGTERM stops it.
@@ -158,6 +164,20 @@ def test_a_machine_that_has_only_the_bucket_goes_on_to_the_same_bits(tmp_path):
     assert 0 < asked_again < questions
     found = everything(machines[1], result)
     assert (found["arrays"], found["files"]) == (expected["arrays"], expected["files"])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_every_phase_of_a_round_ends_with_the_same_bits(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = everything(whole, killed.attempt(whole))
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.online.killed", broken],
+        cwd=PROJECT, capture_output=True, text=True,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},  # as here, to the bit
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.split() == [phase for phase, _ in killed.KILLED]
+    assert everything(broken, killed.attempt(broken)) == expected
 
 
 def test_a_run_that_is_over_does_nothing_more(tmp_path):

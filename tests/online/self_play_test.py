@@ -12,9 +12,12 @@ import pytest
 
 from paxo.games import builders, exact
 from paxo.games.expected import expected_loss
-from paxo.online import METHODS, RoundSettings, method
+from paxo.online import METHODS, RoundSettings, method, self_play
 from paxo.online import anchors as anchoring
+from tests.compiling import quick_compiles  # noqa: F401
 from tests.online import playing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def other_reference(game):
@@ -222,24 +225,38 @@ def test_prompts_come_in_another_order_each_epoch_and_none_twice_in_a_round(tmp_
     assert seen[0] + seen[1] != seen[2] + seen[3]
 
 
-def test_epochs_and_minibatches_are_steps_on_the_same_groups(tmp_path):
-    game, parts = playing.a_game(), []
-    pack = playing.packer(2)
+def test_epochs_take_the_same_parts_in_another_order_and_pack_and_score_them_once(
+    tmp_path, monkeypatch
+):
+    game, parts, scored, fed = playing.a_game(), [], [], []
+    pack, attach, fit = playing.packer(2), self_play.attach_logps, self_play.fit
 
     def packing(groups):
         parts.append(sorted(group.index for group in groups))
         return pack(groups)
 
-    settings = RoundSettings(1, prompts_per_round=10, epochs=2, minibatches=3)
+    def attaching(batch, role, *args, **given):
+        scored.append(role)
+        return attach(batch, role, *args, **given)
+
+    def fitting(step, state, feed, **given):
+        fed.extend(id(batch) for batch in feed._batches)
+        return fit(step, state, feed, **given)
+
+    monkeypatch.setattr(self_play, "attach_logps", attaching)
+    monkeypatch.setattr(self_play, "fit", fitting)
+    settings = RoundSettings(1, prompts_per_round=10, epochs=4, minibatches=3)
     result = playing.play_game(
         game, METHODS["copg"], tmp_path, settings=settings, asked=playing.prompts_for(game, 10),
         pack=packing,
     )  # fmt: skip
-    assert int(result.state.step) == 6
-    assert [len(part) for part in parts] == [4, 3, 3] * 2
-    for epoch in (parts[:3], parts[3:]):
-        assert sorted(i for part in epoch for i in part) == list(range(10))
-    assert parts[:3] != parts[3:]
+    assert int(result.state.step) == 12
+    assert [len(part) for part in parts] == [4, 3, 3]
+    assert sorted(i for part in parts for i in part) == list(range(10))
+    assert scored == ["reference"] * 3
+    epochs = [tuple(fed[i : i + 3]) for i in range(0, 12, 3)]
+    assert all(set(epoch) == set(epochs[0]) for epoch in epochs)
+    assert len(set(epochs)) > 1
 
 
 # --- where they go ------------------------------------------------------------------------------
