@@ -132,7 +132,7 @@ def play(
         files=RoundFiles(workdir, None if judges.decode is tuple else judges.decode),
         microbatches=microbatches,
         frozen=frozen,
-        first=snapshot(first),
+        first=first,
         base=base,
         reference=frozen.get("reference"),
     )
@@ -251,7 +251,8 @@ class _Run:
     ) -> tuple[TrainState, Anchors, dict[str, float]]:
         """One round from its beginning, or from a step within it."""
         if place.step == 0:
-            anchors = anchors | {"snapshot": snapshot(state.params)}
+            # In place: the caller's dictionary must not hold the last round's beside it.
+            anchors["snapshot"] = snapshot(state.params)
         one_round = self._extragradient if self.schedule.extragradient else self._fits
         objective = self._objective(place.round)
         state, anchors, figures = one_round(place, state, anchors, objective, **kept)
@@ -273,7 +274,7 @@ class _Run:
                 if before == 0:
                     state = state.replace(params=snapshot(anchors["anchor"]))
                 else:
-                    anchors = anchors | {"anchor": snapshot(state.params)}
+                    anchors["anchor"] = snapshot(state.params)
             batches = self._batches(place.round, groups, anchors, objective)
             feed = _Feed(batches, place.round, before, begin)
             state = self._fit(state, anchors, objective, feed, **kept)
@@ -307,7 +308,9 @@ class _Run:
                 "gradient"
             )
         against = self._policies(anchors) | {"policy": self.whole(half.params)}
+        del half  # its moments would lie beside the state's
         collected = self._collected(number, anchors, opponents=against)
+        del against
         batches = self._batches(number, collected.groups, anchors, objective)
         state = self._fit(state, anchors, objective, _Feed(batches, number, 0, 0), **kept)
         return state, anchors, collected.figures

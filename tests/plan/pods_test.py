@@ -10,7 +10,8 @@ import pytest
 from paxo.experiment import load, settings_of
 from paxo.plan import compiled, planning
 from paxo.plan.estimate import SPARE, estimate
-from paxo.plan.layout import first_layout, model_config
+from paxo.plan.kinds import first_layout
+from paxo.plan.layout import model_config
 from paxo.plan.shapes import make_run
 from paxo.plan.topology import parse_topology
 
