@@ -1,7 +1,7 @@
 """The kinds of settings that can be planned: one place that tells them apart.
 
-Both answer the same questions: `paxo.plan.offline` for runs on a data set, `paxo.plan.self_play`
-for runs in rounds.
+Both answer the same questions, by attributes of the same names: `paxo.plan.offline` for runs on a
+data set, `paxo.plan.self_play` for runs in rounds.
 """
 
 from typing import Any

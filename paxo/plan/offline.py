@@ -25,7 +25,7 @@ ROLES = ("reference", "previous")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Offline:
-    """A run on a data set; see `paxo.plan.kinds.Kind` for what its attributes are.
+    """What plans ask of the settings of a run on a data set.
 
     Attributes:
         settings: of the experiment.

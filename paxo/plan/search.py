@@ -46,8 +46,8 @@ def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
         row_lengths, _meshes(config, topology.num_devices)
     ):
         ways = data * fsdp
-        whole = rows_of(length, ways, 1)
-        if length < shortest or whole is None:
+        whole = rows_of(length, ways, 1) if length >= shortest else None
+        if whole is None:
             continue
         for parts, remat in itertools.product(_divisors(whole // ways), REMATS):
             rows = rows_of(length, ways, parts)

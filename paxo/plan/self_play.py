@@ -41,7 +41,7 @@ MOST = 6.0
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Online:
-    """A self-play run; see `paxo.plan.kinds.Kind` for what its attributes are.
+    """What plans ask of the settings of a self-play run.
 
     Attributes:
         settings: of the run.

@@ -203,6 +203,9 @@ def test_layouts_hold_the_same_groups_in_rows_as_the_run_would_pad_them():
         again = made_play("inpo_pairs", mesh=sizes, rounds=run.settings.rounds, **changes)
         assert played(again).layout == dataclasses.replace(layout, remat="none")
         assert relaid(run, layout).groups * layout.rows == pytest.approx(256)
+    # Half a row would not hold the longest pair.
+    short = played(made_play(row_length=PROMPT + 2 * COMPLETION))
+    assert {x.row_length for x in layouts(short, made_topology(8))} == {32, 64}
 
 
 @pytest.mark.parametrize(
@@ -309,36 +312,39 @@ def assert_beside(run, calls):
         assert most <= held + half + small, name
 
 
-def test_estimates_of_a_half_step_agree_with_the_compiler():
-    run = played(made_play("egpo", mesh=ONE))
-    mesh = make_mesh(devices=jax.devices()[:1])
-    step, half = (
-        compiled.lower_step(run, mesh, donate=donate).compile().memory_analysis()
-        for donate in (True, False)
-    )
-    memory = memory_of(run, "cpu")
-    state = memory.resident["parameters"] + memory.resident["moments"]
-    fresh = [x.output_size_in_bytes - x.alias_size_in_bytes for x in (step, half)]
-    assert abs(fresh[1] - fresh[0] - state) < 1024
-    assert abs(step.argument_size_in_bytes - state - batch_bytes(run)) < 1024
-    sampled = compiled.lower_sampler(run, mesh).compile().memory_analysis()
-    prompts = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(run.prompts))
-    assert abs(sampled.argument_size_in_bytes - memory.resident["parameters"] - prompts) < 1024
-
-
-def test_programs_of_a_round_are_compiled_with_all_that_lies_beside_them():
+def compiled_programs(name):
+    """The run of a method on all CPU devices here, and its compiled programs."""
     here = len(jax.local_devices(backend="cpu"))
-    for name in ("egpo", "nash_md"):
-        run = played(made_play(name, mesh=(here, 1, 1)))
-        found = compiled.compile_programs(run, parse_topology("cpu"))
-        half = [compiled.HALF_STEP] if run.round.turns > 1 else []
-        opponents = ["opponents"] if len(run.round.programs) > 1 else []
-        assert [*found] == ["step", *half, "scorer", "sampler", *opponents]
-        held = sum(memory_of(run, "cpu").resident.values())
-        for name, program in found.items():
-            more = (run.round.turns - 1) * memory_of(run, "cpu").resident["parameters"]
-            more = more if name in run.round.programs else 0
-            assert 0 <= program.arguments + program.beside - held - more < 2**14, name
+    run = played(made_play(name, mesh=(here, 1, 1)))
+    found = compiled.compile_programs(run, parse_topology("cpu"))
+    resident = memory_of(run, "cpu").resident
+    held, trained = sum(resident.values()), resident["parameters"]
+    half = trained if run.round.turns > 1 else 0
+    for program in found:
+        lies = found[program].arguments + found[program].beside
+        more = half if program in run.round.programs else 0
+        assert 0 <= lies - held - more < 2**14, program
+    return run, found
+
+
+def test_programs_of_an_extragradient_round_are_compiled_beside_its_anchors():
+    run, found = compiled_programs("egpo")
+    # Opponents are drawn from the policy as well, but one and not two, and at another temperature.
+    assert [*found] == ["step", compiled.HALF_STEP, "scorer", "sampler", "opponents"]
+    resident = memory_of(run, "cpu").resident
+    state = resident["parameters"] + resident["moments"]
+    assert abs(found["step"].arguments - state - batch_bytes(run)) < 1024
+    assert abs(found[compiled.HALF_STEP].outputs - found["step"].outputs - state) < 1024
+    prompts = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(run.prompts)) // run.layout.data
+    assert abs(found["sampler"].arguments - resident["parameters"] - prompts) < 1024
+
+
+@pytest.mark.slow
+def test_a_mixture_is_compiled_with_both_of_its_policies():
+    run, found = compiled_programs("nash_md")
+    parameters = memory_of(run, "cpu").resident["parameters"]
+    more = found["opponents"].arguments - found["sampler"].arguments
+    assert abs(more - parameters) < 1024
 
 
 def test_a_planned_batch_lies_as_the_run_places_it():
