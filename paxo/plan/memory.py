@@ -66,6 +66,10 @@ class Memory:
         """The most in all that the run does."""
         return max(self.peak(), self.sampling_peak()) if self.draws else self.peak()
 
+    def second_state(self) -> int:
+        """Bytes of the state that an extragradient half step leaves beside its own; 0 without."""
+        return self.head.get("parameters", 0) + self.head.get("moments", 0)
+
     def by_category(self) -> dict[str, int]:
         """What each category takes at its most in training, and the cache in sampling.
 

@@ -70,6 +70,11 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
         lines.insert(1, f"It is the smallest slice of {kind} that holds the run.{too_small}")
     if cost["left_out"]:
         lines.append(f"{cost['left_out']}.")
+    if second := made["memory"]["second_state"]:
+        lines.append(
+            f"The half step of a round keeps the state that it starts from: {_bytes(second)} more "
+            "than a step."
+        )
     if cost["number"] and cost["drawn"] >= 2 * cost["prompts"]:
         lines.append(
             f"A sampler draws for {cost['drawn']} prompts a round, of which {cost['prompts']} are "

@@ -114,6 +114,7 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
             "peak": own.memory.peak(),
             "sampling_peak": own.memory.sampling_peak(),
             "anchors": list(plays.anchors),
+            "second_state": own.memory.second_state(),
             "spare": own.spare(topology),
         },
         "compiled": {name: _program(program) for name, program in programs.items()},

@@ -25,7 +25,7 @@ SCHEMA = {
     "layout": {"data", "fsdp", "tensor", "rows", "row_length", "microbatches", "remat", "flags"},
     "assumptions": {"prompt", "completion", "max_prompt", "max_completion", "candidates",
                     "scored_slots", "groups_per_row"},
-    "memory": {"bytes", "peak", "sampling_peak", "anchors", "spare"},
+    "memory": {"bytes", "peak", "sampling_peak", "anchors", "second_state", "spare"},
     "flops": {"step", "useful", "step_per_device"},
     "collective_bytes": {"step", "scorer"},
     "time": {"step", "scorer", "limited_by", "scored_step", "mfu_bound", "tokens_per_second",

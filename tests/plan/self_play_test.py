@@ -152,9 +152,11 @@ def test_an_extragradient_round_does_everything_twice():
     # Its half step keeps the state that it starts from, so there are two of them.
     resident = two.memory.resident
     state = resident["parameters"] + resident["moments"]
-    assert two.memory.peak() - one.memory.peak() == state
+    assert two.memory.peak() - one.memory.peak() == state == two.memory.second_state()
+    assert one.memory.second_state() == 0
     text = page.markdown(planning.plan(made_play("egpo"), "gpu:h200x8"))
     assert "2 rounds, each step taken twice, take at least" in text
+    assert f"keeps the state that it starts from: {state / 2**20:.2f} MiB more" in text
 
 
 @pytest.mark.parametrize(
