@@ -77,7 +77,7 @@ class Estimate:
         sampler: of drawing all candidates of an online round, one at a time for each token.
         opponents: the same of those that they are judged against.
         tokens: positions of a step.
-        references: frozen policies that are scored.
+        references: passes of a scorer over a step's rows, one or two for each frozen policy.
         round: what an online round is made of.
     """
 
@@ -172,7 +172,7 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
         sampler=drawing(run.round.draws),
         opponents=drawing(run.round.opponents),
         tokens=run.tokens,
-        references=len(run.references),
+        references=run.kind.scorings(run.references),
         round=run.round,
     )
 

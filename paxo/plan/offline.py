@@ -160,6 +160,10 @@ class Offline:
             filter(is_copy, first.values())
         )
 
+    def scorings(self, references: Mapping[str, Params]) -> int:
+        """Passes of a scorer over a step's rows."""
+        return len(references)
+
     def frozen_policy(self, policy: Policy, config: ModelConfig) -> Policy:
         """The model of the frozen policies: without adapters and heads."""
         return make_policy(config)

@@ -171,6 +171,10 @@ class Online:
         """Role -> shapes, and the roles with weights of their own; the others are anchors."""
         return dict.fromkeys(self._roles, params), self._own_roles
 
+    def scorings(self, references: Mapping[str, Params]) -> int:
+        """Passes of a scorer over a step's rows: one more for log-probs of single tokens."""
+        return len(self._roles) + len(self._by_token)
+
     def frozen_policy(self, policy: Policy, config: ModelConfig) -> Policy:
         """The model of the frozen policies: the run's own, adapters included."""
         return policy
@@ -240,6 +244,12 @@ class Online:
         return self.settings.method.roles(self.objective)
 
     @property
+    def _by_token(self) -> tuple[str, ...]:
+        """Those whose log-probs are attached token by token as well."""
+        reads = self.objective.reads_tokens
+        return tuple(r for r in self._roles if reads(r) or self.settings.method.by_token)
+
+    @property
     def _own_roles(self) -> tuple[str, ...]:
         """Roles of policies that the loop itself does not have."""
         return tuple(role for role in self._roles if role not in OWN_ROLES)
@@ -265,14 +275,13 @@ class Online:
             ) from error
 
     def _one_row(self, policy: Policy, params: Params, row: RowShape) -> PreferenceBatch:
-        method, objective = self.settings.method, self.objective
+        method = self.settings.method
         first = jax.tree.map(lambda x: x[:1], rounds.packed(self._tried, row))
         batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first))
-        by_token = [r for r in self._roles if objective.reads_tokens(r) or method.by_token]
         per_slot = jax.ShapeDtypeStruct((1, row.slots), jnp.float32)
         batch = batch.replace(
             fixed_logps=dict.fromkeys(self._roles, batch.labels),
-            fixed_token_logps=dict.fromkeys(by_token, per_slot),
+            fixed_token_logps=dict.fromkeys(self._by_token, per_slot),
         )
         if method.shape is None:
             return batch

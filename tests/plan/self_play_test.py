@@ -179,6 +179,13 @@ def test_anchors_are_copies_of_what_is_trained(row, copies):
     assert adapted["reference"] == 0
 
 
+def test_log_probs_of_single_tokens_take_a_pass_of_their_own():
+    whole, by_token = (
+        estimate(played(made_play(name)), made_topology(8)) for name in ("inpo_pairs", "ppo")
+    )
+    assert (whole.references, by_token.references) == (2, 4)
+
+
 def test_a_policy_that_the_loop_does_not_have_is_a_copy_of_its_own():
     resident = memory_of(played(made_play("rto")), "tpu").resident
     assert resident["reference"] == resident["parameters"]
@@ -296,9 +303,8 @@ def assert_planned(run, calls):
     rounds = run.round.number
     assert len(calls["step"]) == rounds * run.round.steps
     assert len(calls.get("half step", [])) == (run.round.turns - 1) * rounds
-    scorings = rounds * run.round.turns * run.round.steps * len(run.references)
-    per_role = 2 if run.batch.fixed_token_logps else 1  # token by token as well
-    assert len(calls.get("scorer", [])) == per_role * scorings
+    found = estimate(run, made_topology(8))
+    assert len(calls.get("scorer", [])) == rounds * found.steps * found.references
 
 
 def assert_beside(run, calls):
