@@ -385,7 +385,10 @@ _ARGUMENTS: Mapping[str, tuple[Callable[[_Parser], None], str]] = {
     "inspect": (_add_inspect, "show records, masks and statistics of an experiment's data"),
     "export": (_add_export, "write a checkpoint as a Hugging Face folder"),
     "sample": (_add_sample, "print completions of a trained model"),
-    "plan": (_add_plan, "tell what a run needs and takes on chips that are not here"),
+    "plan": (
+        _add_plan,
+        "tell what a run, self-play too, needs and takes on chips that are not here",
+    ),
     "methods": (_add_methods, "list the objectives"),
 }
 

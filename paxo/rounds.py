@@ -39,7 +39,7 @@ from paxo.scoring import params_fingerprint
 from paxo.training.checkpoint import Checkpointer, checkpoint_folder
 from paxo.training.optimizers import AdamW
 from paxo.training.writers import make_writer
-from paxo.types import Params
+from paxo.types import Params, PreferenceBatch
 
 logger = logging.getLogger(__name__)
 
@@ -240,32 +240,71 @@ def make_pack(
     prompt = [
         len(p.ids) + (max(answers, default=0) if settings.method.reset else 0) for p in prompts
     ]
-    size = settings.method.group_size if size is None else size
-    needed = max(prompt) + size * longest
-    length = settings.row_length or max(512, needed)
-    if length < needed and size <= 2:
-        raise SettingsError(
-            f"row_length={length} is shorter than a group may be: {max(prompt)} prompt tokens and "
-            f"{size} completions of {longest} tokens; raise it to {needed}"
-        )
-    usual = int(np.median(prompt))
-    share = size * longest / (size * longest + usual)
-    shape = RowShape(
-        length=length,
-        slots=min(length, -(-int(length * share) // 8) * 8),
-        groups=max(1, length // (usual + size * max(longest // 4, 1))),
-        candidates=size,
-        max_completion=longest,
+    shape = row_shape(
+        settings.row_length,
+        settings.method.group_size if size is None else size,
+        prompt=max(prompt),
+        usual_prompt=int(np.median(prompt)),
+        completion=longest,
     )
-    multiple = mesh.shape["data"] * mesh.shape["fsdp"] * settings.microbatches
-    multiple *= -(-FEWEST_ROWS // multiple)
+    multiple = row_multiple(mesh.shape["data"] * mesh.shape["fsdp"], settings.microbatches)
 
     def pack(groups: Sequence[Group]):
-        fields = [TokenGroup(**{k: getattr(g, k) for k in GROUP_FIELDS}) for g in groups]
-        batch, _ = pack_groups(fields, shape)
+        batch = packed(groups, shape)
         return pad_rows(batch, padded_size(len(batch.tokens), multiple))
 
     return pack
+
+
+def packed(groups: Sequence[Group], shape: RowShape) -> PreferenceBatch:
+    """Groups in as few rows of a shape as they take."""
+    fields = [TokenGroup(**{k: getattr(g, k) for k in GROUP_FIELDS}) for g in groups]
+    return pack_groups(fields, shape)[0]
+
+
+def row_shape(
+    row_length: int | None, size: int, *, prompt: int, usual_prompt: int, completion: int
+) -> RowShape:
+    """The sizes of a row that holds groups of so many candidates.
+
+    Args:
+        row_length: L, as set; None takes 512, or more where a group needs it.
+        size: candidates of a group.
+        prompt: tokens of the longest one.
+        usual_prompt: tokens of the median one.
+        completion: tokens of the longest one.
+
+    Raises:
+        SettingsError: if a group of one or two candidates may be longer than the row.
+
+    >>> row_shape(None, 2, prompt=40, usual_prompt=20, completion=24).length
+    512
+    """
+    needed = prompt + size * completion
+    length = row_length or max(512, needed)
+    if length < needed and size <= 2:
+        raise SettingsError(
+            f"row_length={length} is shorter than a group may be: {prompt} prompt tokens and "
+            f"{size} completions of {completion} tokens; raise it to {needed}"
+        )
+    share = size * completion / (size * completion + usual_prompt)
+    return RowShape(
+        length=length,
+        slots=min(length, -(-int(length * share) // 8) * 8),
+        groups=max(1, length // (usual_prompt + size * max(completion // 4, 1))),
+        candidates=size,
+        max_completion=completion,
+    )
+
+
+def row_multiple(ways: int, microbatches: int) -> int:
+    """What the number of a step's rows is a multiple of, where a mesh splits them in `ways`.
+
+    >>> row_multiple(1, 1), row_multiple(3, 1), row_multiple(8, 2)
+    (4, 6, 16)
+    """
+    multiple = ways * microbatches
+    return multiple * -(-FEWEST_ROWS // multiple)
 
 
 def _plain_group(prompt: Prompt) -> TokenGroup:

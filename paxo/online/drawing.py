@@ -14,6 +14,7 @@ from paxo.rows import RowShare, from_all, row_share
 from paxo.sampling import SamplingConfig, make_mixture_sampler, make_sampler
 from paxo.types import Array, Params, Policy, PromptBatch
 
+PROMPT_MULTIPLE = 16  # widths of prompts are multiples of it: each width compiles a sampler
 GROWTH = 1.25  # from one padded size to the next: what is wasted stays below, shapes are few
 
 
@@ -135,9 +136,7 @@ class Drawer:
         return Drawn(cut, finished, logps)
 
     def _sampler(self, draw: Draw, policies: Mapping[str, Params], mix: float) -> Any:
-        own = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p")}
-        changes = {name: value for name, value in own.items() if value is not None}
-        config = dataclasses.replace(self.config, num_candidates=draw.count, **changes)
+        config = sampling_config(self.config, draw)
         if draw.source == "mixture":
             sampler = make_mixture_sampler(
                 self.policy, config, self.stop_ids, reference=self.reference, mesh=self.mesh
@@ -152,7 +151,8 @@ class Drawer:
     def _batch(self, prompts: Sequence[Prompt]) -> PromptBatch:
         """Right-padded, the last prompt repeated up to the size of a batch."""
         filled = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]
-        tokens = np.zeros((len(filled), padded_size(max(len(p.ids) for p in filled), 16)), np.int32)
+        longest = max(len(p.ids) for p in filled)
+        tokens = np.zeros((len(filled), padded_size(longest, PROMPT_MULTIPLE)), np.int32)
         for row, prompt in zip(tokens, filled):
             row[: len(prompt.ids)] = prompt.ids
         if self.max_prompt is not None:  # the padding must not be what is too long
@@ -162,6 +162,17 @@ class Drawer:
             np.array([len(p.ids) for p in filled], np.int32),
             np.array([p.index for p in filled], np.int32),
         )
+
+
+def sampling_config(config: SamplingConfig, draw: Draw) -> SamplingConfig:
+    """A run's settings of sampling as a draw has them.
+
+    >>> sampling_config(SamplingConfig(64, top_p=0.9), Draw("policy", 4, temperature=0.7)).top_p
+    0.9
+    """
+    own = {name: getattr(draw, name) for name in ("temperature", "top_k", "top_p")}
+    changes = {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(config, num_candidates=draw.count, **changes)
 
 
 def padded_size(needed: int, multiple: int) -> int:

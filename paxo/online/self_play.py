@@ -131,7 +131,7 @@ def play(
         files=RoundFiles(workdir, None if judges.decode is tuple else judges.decode),
         microbatches=microbatches,
         frozen=frozen,
-        first=snapshot(first),
+        first=first,
         base=base,
         reference=frozen.get("reference"),
     )
@@ -256,7 +256,8 @@ class _Run:
     ) -> tuple[TrainState, Anchors, dict[str, float]]:
         """One round from its beginning, or from a step within it."""
         if place.step == 0:
-            anchors = anchors | {"snapshot": snapshot(state.params)}
+            # In place: the caller's dictionary must not hold the last round's beside it.
+            anchors["snapshot"] = snapshot(state.params)
         one_round = self._extragradient if self.schedule.extragradient else self._fits
         state, anchors, figures = one_round(place, state, anchors, **kept)
         state, anchors = anchoring.moved(self.schedule, place.round, state, anchors)
@@ -277,7 +278,7 @@ class _Run:
                 if before == 0:
                     state = state.replace(params=snapshot(anchors["anchor"]))
                 else:
-                    anchors = anchors | {"anchor": snapshot(state.params)}
+                    anchors["anchor"] = snapshot(state.params)
             batches = self._batches(place.round, groups, anchors)
             feed = _Feed(batches, place.round, before, begin)
             state = self._fit(state, anchors, feed, **kept)
@@ -311,7 +312,9 @@ class _Run:
                 "gradient"
             )
         against = self._policies(anchors) | {"policy": self.whole(half.params)}
+        del half  # its moments would lie beside the state's
         collected = self._collected(number, anchors, opponents=against)
+        del against
         batches = self._batches(number, collected.groups, anchors)
         state = self._fit(state, anchors, _Feed(batches, number, 0, 0), **kept)
         return state, anchors, collected.figures

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from paxo import scoring
 from paxo.head_outputs import head_outputs
@@ -124,8 +125,7 @@ def _with_advantages(batches, token_rewards, tools, gamma, lam, whitened) -> lis
     advantages = [a for a, _ in found]
     if whitened:
         flat = whiten(_joined(advantages), _joined(masks))
-        sizes = jnp.cumsum(jnp.array([a.size for a in advantages]))[:-1]
-        parts = jnp.split(flat, [int(n) for n in sizes])
+        parts = jnp.split(flat, np.cumsum([a.size for a in advantages])[:-1])
         advantages = [part.reshape(a.shape) for part, a in zip(parts, advantages)]
     return [
         _with(b, advantages=a, returns=returns, previous_values=v)

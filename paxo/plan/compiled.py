@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from paxo.models.policy import make_policy
 from paxo.models.sharding import make_mesh
 from paxo.plan.chips import GIB
 from paxo.plan.collectives import collective_bytes
+from paxo.plan.memory import batch_bytes
+from paxo.plan.rounds import Drawing
 from paxo.plan.shapes import Run, bytes_per_device, on_mesh_of, placement, with_shardings
 from paxo.plan.topology import Topology
 from paxo.sampling import sampler
@@ -23,7 +24,7 @@ from paxo.training.step import compile_step, make_train_step
 
 logger = logging.getLogger(__name__)
 
-PROGRAMS = ("step", "scorer", "sampler")
+HALF_STEP = "half step"
 # As XLA says that a program does not fit: by all that it uses, or by what lies between alone.
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
 _WITHIN = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \([^)]*\)")
@@ -62,53 +63,63 @@ class Compiled:
 
 
 def compile_programs(
-    run: Run, topology: Topology, names: tuple[str, ...] = PROGRAMS
+    run: Run, topology: Topology, names: tuple[str, ...] | None = None
 ) -> dict[str, Compiled]:
-    """The run's step, scorer and sampler compiled for a topology, by name.
+    """The run's own programs compiled for a topology, by name.
+
+    They are its "step" (of an extragradient round also the "half step", which keeps the state that
+    it starts from), its "scorer" and its "sampler" (also that of the "opponents", if that differs).
 
     Args:
         run: its shapes.
         topology: a TPU's, or "cpu".
-        names: of `PROGRAMS`; a scorer is left out where no frozen policy is scored.
+        names: of the programs; all where None. A scorer is left out where no frozen policy is
+            scored.
     """
     mesh = make_mesh(**run.layout.mesh_shape, devices=topology.devices())
-    placed = placement(run, mesh)
+    placed, plays = placement(run, mesh), run.round
     state = bytes_per_device(run.state, placed.state)
+    trained = bytes_per_device(run.state.params, placed.state.params)
     params = bytes_per_device(run.params, placed.params)
     references = {
         role: bytes_per_device(run.references[role], placed.references[role])
         for role in run.references
     }
-    held = sum(references[role] for role in run.copies)
-    first = next(iter(references.values()), 0)
-    # Each program, and what it is given of the state and of the frozen policies.
-    given = {
-        "step": (lower_step, state),
-        "scorer": (lower_scorer, first),
-        "sampler": (lower_sampler, params),
-    }
+    held = state + sum(references[role] for role in run.copies) + len(plays.anchors) * trained
+    rows = (plays.batches - 1) * batch_bytes(run)
+    # Opponents of an extragradient round are drawn from where its half step led.
+    half = trained if plays.turns > 1 else 0
+    # Each program, what it is given of what lies there, and what else there is.
+    given = {"step": (lower_step, state, rows)}
+    if plays.turns > 1:
+        given[HALF_STEP] = (functools.partial(lower_step, donate=False), state, rows)
+    if references:
+        given["scorer"] = (lower_scorer, next(iter(references.values())), rows)
+    for name, drawing in plays.programs.items():
+        lower = functools.partial(lower_sampler, drawing=drawing)
+        given[name] = (lower, drawing.policies * params, half)
     found = {}
-    for name in names:
-        lower, inputs = given[name]
-        if name == "scorer" and not references:
+    for name, (lower, inputs, more) in given.items():
+        if names is not None and name not in names:
             continue
         make = functools.partial(lower, run, mesh)
-        beside = state + held - inputs
         on = on_mesh_of(run.scoring.layout, mesh) if name == "scorer" else mesh
+        # Adapters' base is given twice where two policies are, and lies there once.
+        beside = max(held + more - inputs, 0)
         found[name] = _compiled(name, make, inputs, beside, dict(on.shape))
     return found
 
 
-def lower_step(run: Run, mesh: Mesh) -> Any:
-    """The training step, as `paxo run` compiles it."""
+def lower_step(run: Run, mesh: Mesh, *, donate: bool = True) -> Any:
+    """The training step, as `paxo run` compiles it; a half step does not donate its state."""
     placed = placement(run, mesh)
     body = make_train_step(
         run.policy,
-        run.settings.objective,
+        run.kind.objective,
         run.optimizer,
         microbatches=run.layout.microbatches,
     )
-    return compile_step(body, mesh, placed.state).lower(run.state, run.batch)
+    return compile_step(body, mesh, placed.state, donate=donate).lower(run.state, run.batch)
 
 
 def lower_scorer(run: Run, mesh: Mesh) -> Any:
@@ -118,26 +129,25 @@ def lower_scorer(run: Run, mesh: Mesh) -> Any:
     placed = placement(run, mesh)
     role = next(iter(run.references))
     params = with_shardings(run.references[role], placed.references[role])
-    # Without adapters and heads, which a frozen policy has none of.
-    scorer = make_scorer(make_policy(run.config), params, mesh=mesh)
+    scorer = make_scorer(run.kind.frozen_policy(run.policy, run.config), params, mesh=mesh)
     return scorer.lower(with_shardings(run.batch, placed.batch))
 
 
-def lower_sampler(run: Run, mesh: Mesh) -> Any:
-    """Completions of a round's prompts."""
+def lower_sampler(run: Run, mesh: Mesh, drawing: Drawing | None = None) -> Any:
+    """Completions of a batch of a round's prompts; without `drawing` the candidates'."""
+    drawing = next(iter(run.round.programs.values())) if drawing is None else drawing
     placed = placement(run, mesh)
-    config = sampler.SamplingConfig(
-        max_new_tokens=run.lengths.max_completion, num_candidates=run.row.candidates
-    )
+    params = with_shardings(run.params, placed.params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return sampler.lower_sampler(
         run.policy,
-        config,
+        drawing.config,
         (0,),
-        with_shardings(run.params, placed.params),
+        params,
         with_shardings(run.prompts, placed.batch),
         with_shardings(key, NamedSharding(mesh, PartitionSpec())),
         mesh=mesh,
+        reference_params=params if drawing.policies == 2 else None,
     )
 
 

@@ -23,7 +23,8 @@ from paxo.plan.flops import (
 )
 from paxo.plan.layout import Layout, abstract_mesh
 from paxo.plan.memory import Held, Memory, cache_bytes, memory_of
-from paxo.plan.network import AXES, Traffic, axis_bandwidths, traffic_of
+from paxo.plan.network import AXES, Traffic, axis_bandwidths, pass_traffic, traffic_of
+from paxo.plan.rounds import Drawing, Round
 from paxo.plan.shapes import Run
 from paxo.plan.topology import Topology
 from paxo.scoring import default_chunk
@@ -40,6 +41,10 @@ class Seconds(NamedTuple):
     compute: float
     memory: float
     network: float
+
+    def times(self, number: float) -> "Seconds":
+        """Those of so many of it, one behind another."""
+        return Seconds(*(number * x for x in self))
 
     @property
     def bound(self) -> float:
@@ -69,9 +74,11 @@ class Estimate:
         useful_flops: those that it cannot do without.
         step: bounds of a training step.
         scorer: of scoring a batch under one frozen policy, on the mesh of the first one.
-        sampler: of drawing an online round's completions, one at a time for each token.
+        sampler: of drawing all candidates of an online round, one at a time for each token.
+        opponents: the same of those that they are judged against.
         tokens: positions of a step.
-        references: frozen policies that are scored.
+        references: passes of a scorer over a step's rows, one or two for each frozen policy.
+        round: what an online round is made of.
     """
 
     layout: Layout
@@ -82,8 +89,10 @@ class Estimate:
     step: Seconds
     scorer: Seconds
     sampler: Seconds
+    opponents: Seconds
     tokens: int
     references: int
+    round: Round
 
     @property
     def scored_step(self) -> float:
@@ -96,9 +105,22 @@ class Estimate:
         return self.tokens / self.scored_step
 
     @property
+    def steps(self) -> int:
+        """Times that a round takes its step, those that it takes twice counted so."""
+        return self.round.turns * self.round.steps
+
+    @property
     def round_seconds(self) -> float:
         """An online round: completions drawn, scored and trained on."""
-        return self.sampler.bound + self.scored_step
+        return self.sampler.bound + self.opponents.bound + self.steps * self.scored_step
+
+    @property
+    def ranked(self) -> float:
+        """By what layouts are ranked: seconds of a round, or of a step where none is played."""
+        step = self.step.ranked + self.references * self.scorer.ranked
+        if not self.round.number:
+            return step
+        return self.sampler.ranked + self.opponents.ranked + self.steps * step
 
     def mfu(self, topology: Topology) -> float:
         """The most of the peak that useful operations of a step can reach."""
@@ -107,15 +129,15 @@ class Estimate:
 
     def spare(self, topology: Topology) -> float:
         """The share of a device's memory that is left; negative where the run does not fit."""
-        return 1 - self.memory.peak() / topology.chip.hbm_bytes
+        return 1 - self.memory.needed() / topology.chip.hbm_bytes
 
 
 def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate:
     """The analytic figures of a run on a topology; `held` is as for `memory_of`."""
     layout, config, devices = run.layout, run.config, topology.num_devices
     work = work_of(run, topology.platform)
-    own, scoring = traffic_of(run), run.scoring
-    traffic = own._replace(scorer=traffic_of(scoring).scorer)
+    scoring = run.scoring
+    traffic = traffic_of(run)._replace(scorer=traffic_of(scoring).scorer)
     memory = memory_of(run, topology.platform, held)
 
     def bounds(flops: float, moved: float, sent: dict[str, float], over=layout) -> Seconds:
@@ -130,7 +152,13 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
     state = sum(memory.resident[name] for name in ("parameters", "moments"))
     passes = 4 if config.remat == "full" else 3
     parts = layout.microbatches
-    moved = passes * _pass_bytes(run, parts) + 2 * state + 2 * memory.layers["gradients"]
+    moved = passes * _step_bytes(run, parts) + 2 * state + 2 * memory.layers["gradients"]
+
+    def drawing(drawings: tuple[Drawing, ...]) -> Seconds:
+        each = [_sampling(run, bounds, one) for one in drawings]
+        whole = Seconds(*(sum(x) for x in zip(*each))) if each else Seconds(0.0, 0.0, 0.0)
+        return whole.times(run.round.turns * run.round.calls)
+
     return Estimate(
         layout=layout,
         memory=memory,
@@ -139,11 +167,13 @@ def estimate(run: Run, topology: Topology, held: Held | None = None) -> Estimate
         useful_flops=useful_flops(config, work),
         step=bounds(flops, moved, traffic.step),
         scorer=bounds(
-            scorer_flops(config, work), _pass_bytes(scoring, 1), traffic.scorer, scoring.layout
+            scorer_flops(config, work), _step_bytes(scoring, 1), traffic.scorer, scoring.layout
         ),
-        sampler=_sampling(run, bounds, own),
+        sampler=drawing(run.round.draws),
+        opponents=drawing(run.round.opponents),
         tokens=run.tokens,
-        references=len(run.references),
+        references=run.kind.scorings(run.references),
+        round=run.round,
     )
 
 
@@ -169,17 +199,22 @@ def work_of(run: Run, platform: str) -> Work:
     )
 
 
-def _pass_bytes(run: Run, parts: int) -> float:
+def _step_bytes(run: Run, parts: int) -> float:
     """Bytes that a pass over a step's rows in so many parts reads and writes on a device."""
+    rows = run.layout.rows_per_device * run.layout.microbatches
+    return _pass_bytes(run, parts, rows * run.layout.row_length, rows * run.row.slots)
+
+
+def _pass_bytes(run: Run, parts: int, tokens: float, scored: float) -> float:
+    """The same over so many tokens of a device, of which so many meet the head."""
     config, layout = run.config, run.layout
     size = jnp.dtype(config.compute_dtype).itemsize
-    rows = layout.rows_per_device * layout.microbatches
     layer = config.num_layers * layer_params(config)
     weights = size * (layer + config.hidden_size * config.vocab_size) / layout.tensor
     # Each array of a layer is written once and read once.
     widths = 4 * config.hidden_size + _split_widths(config) / layout.tensor
-    arrays = size * rows * layout.row_length * widths * config.num_layers
-    logits = 4 * rows * run.row.slots * config.vocab_size / layout.tensor
+    arrays = size * tokens * widths * config.num_layers
+    logits = 4 * scored * config.vocab_size / layout.tensor
     return parts * weights + 2 * arrays + 2 * logits
 
 
@@ -188,15 +223,18 @@ def _split_widths(config: ModelConfig) -> int:
     return heads * config.head_dim + 3 * config.intermediate_size
 
 
-def _sampling(run: Run, bounds, traffic: Traffic) -> Seconds:
+def _sampling(run: Run, bounds, drawing: Drawing) -> Seconds:
     """Prefill of the prompts, and every token in turn: none of these overlaps the next."""
-    config, layout = run.config, run.layout
-    size = jnp.dtype(config.compute_dtype).itemsize
-    prompts, longest = run.prompts.tokens.shape[0], run.lengths.max_completion
-    sequences = prompts * run.row.candidates
+    config, layout, plays, sampled = run.config, run.layout, run.round, drawing.config
+    size, ways = jnp.dtype(config.compute_dtype).itemsize, layout.data * layout.fsdp
+    prompts, sequences = plays.batch, plays.batch * sampled.num_candidates
     weights = config.num_layers * layer_params(config) + config.hidden_size * config.vocab_size
-    read = size * weights / layout.tensor + cache_bytes(run) / 2
-    token = bounds(2.0 * sequences * weights, read, traffic.token)
-    prefill = Work(prompts * run.lengths.max_prompt, prompts, run.lengths.max_prompt, 0.0)
-    first = bounds(scorer_flops(config, prefill), _pass_bytes(run, 1), traffic.scorer)
-    return Seconds(*(a + longest * b for a, b in zip(first, token)))
+    # The cache is half full on average.
+    read = size * weights / layout.tensor + cache_bytes(run, drawing) / 2 / drawing.policies
+    token = bounds(2.0 * sequences * weights, read, pass_traffic(run, sequences / ways))
+    prefill = Work(prompts * plays.width, prompts, plays.width, 0.0)
+    moved = _pass_bytes(run, 1, prompts * plays.width / ways, prompts / ways)
+    sent = pass_traffic(run, prompts * plays.width / ways)
+    first = bounds(scorer_flops(config, prefill), moved, sent)
+    one = Seconds(*(a + sampled.max_new_tokens * b for a, b in zip(first, token)))
+    return one.times(drawing.policies)

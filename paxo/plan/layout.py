@@ -2,11 +2,11 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from paxo.experiment import Experiment, MeshSettings
+from paxo.experiment import MeshSettings
 from paxo.models.config import ModelConfig
 from paxo.models.known import known_config
 from paxo.models.pretrained import read_config, resolve_model
@@ -46,13 +46,20 @@ class Layout:
         """Rows of one microbatch that lie on a device."""
         return self.rows // (self.data * self.fsdp * self.microbatches)
 
-    def flags(self) -> str:
-        """The settings that choose it, as `--set` takes them."""
-        return (
-            f"mesh.data={self.data} mesh.fsdp={self.fsdp} mesh.tensor={self.tensor} "
-            f"train.rows_per_batch={self.rows} train.microbatches={self.microbatches} "
-            f"data.row_length={self.row_length} model.remat={self.remat}"
-        )
+    def flags(self, *, rows: str | None, microbatches: str, row_length: str) -> str:
+        """The settings that choose it, as `--set` takes them.
+
+        Args:
+            rows: what the settings call the number of rows; None where it follows from the others.
+            microbatches: what they call the parts of a step.
+            row_length: what they call the length of a row.
+        """
+        return " ".join([
+            f"mesh.data={self.data} mesh.fsdp={self.fsdp} mesh.tensor={self.tensor}",
+            *([] if rows is None else [f"{rows}={self.rows}"]),
+            f"{microbatches}={self.microbatches} {row_length}={self.row_length}",
+            f"model.remat={self.remat}",
+        ])  # fmt: skip
 
 
 class Lengths(NamedTuple):
@@ -64,8 +71,12 @@ class Lengths(NamedTuple):
     max_completion: int
 
 
-def model_config(settings: Experiment, model: str | None) -> ModelConfig:
+def model_config(settings: Any, model: str | None) -> ModelConfig:
     """The shape of the model: the named one's, or that of the settings.
+
+    Args:
+        settings: an `Experiment` or a `SelfPlay`.
+        model: name of a known shape; None takes that of `settings.model`.
 
     Raises:
         SettingsError: for an unknown name, or where the settings name none.
@@ -87,54 +98,16 @@ def model_config(settings: Experiment, model: str | None) -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
-def assumed_lengths(settings: Experiment, config: ModelConfig, candidates: int) -> Lengths:
-    """Lengths half of the limits on average; without limits a row is a third prompt."""
-    limits, row = settings.data.limits, settings.data.row_length
-    longest = min(limits.max_sequence or config.max_positions, config.max_positions)
-    group = min(row or limits.max_group or 2048, 2048, longest * candidates)
-    prompt = limits.max_prompt or max(group // 3, 1)
-    completion = limits.max_completion or max((group - prompt) // candidates, 1)
-    prompt, completion = min(prompt, longest - 1), min(completion, longest - 1)
-    return Lengths(prompt / 2, completion / 2, prompt, completion)
-
-
-def first_layout(settings: Experiment, config: ModelConfig, devices: int) -> Layout:
-    """The layout that the settings ask for, on so many devices.
-
-    Raises:
-        SettingsError: if mesh, rows and microbatches do not fit one another.
-    """
-    sizes = _mesh_sizes(settings.mesh, devices, "mesh")
-    train, ways = settings.train, sizes["data"] * sizes["fsdp"]
-    if train.rows_per_batch % (ways * train.microbatches):
-        raise SettingsError(
-            f"train.rows_per_batch={train.rows_per_batch} must be a multiple of the {ways} ways in "
-            f"which the mesh splits rows times train.microbatches={train.microbatches}; "
-            f"--set train.rows_per_batch={ways * train.microbatches}, or a larger mesh.tensor"
-        )
-    lengths = assumed_lengths(settings, config, num_candidates(settings))
-    longest = lengths.max_prompt + num_candidates(settings) * lengths.max_completion
-    length = settings.data.row_length or max(1024, math.ceil(longest / 128) * 128)
-    return Layout(
-        **sizes,
-        rows=train.rows_per_batch,
-        row_length=length,
-        microbatches=train.microbatches,
-        remat=config.remat,
-    )
-
-
-def frozen_layout(settings: Experiment, role: str, layout: Layout) -> Layout:
+def frozen_layout(mesh: MeshSettings | None, role: str, layout: Layout) -> Layout:
     """How a frozen policy lies beside a run that lies as `layout`: on its own mesh, if it has one.
 
     Raises:
         SettingsError: if its mesh does not fit the devices, or does not divide the rows.
     """
-    mesh = getattr(settings, role).mesh
     if mesh is None:
         return layout
     devices = math.prod(layout.mesh_shape.values())
-    found = dataclasses.replace(layout, **_mesh_sizes(mesh, devices, f"{role}.mesh"))
+    found = dataclasses.replace(layout, **mesh_sizes(mesh, devices, f"{role}.mesh"))
     if layout.rows % (found.data * found.fsdp):
         raise SettingsError(
             f"{role}.mesh {found.mesh_shape} splits rows in {found.data * found.fsdp} ways, which "
@@ -143,7 +116,7 @@ def frozen_layout(settings: Experiment, role: str, layout: Layout) -> Layout:
     return found
 
 
-def _mesh_sizes(mesh: MeshSettings, devices: int, name: str) -> dict[str, int]:
+def mesh_sizes(mesh: MeshSettings, devices: int, name: str) -> dict[str, int]:
     """Axis -> devices, as the settings under that name ask for."""
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
@@ -159,13 +132,6 @@ def _mesh_sizes(mesh: MeshSettings, devices: int, name: str) -> dict[str, int]:
             f"--set {name}.fsdp=-1 {name}.data=1"
         )
     return sizes
-
-
-def num_candidates(settings: Experiment) -> int:
-    """K: 1 for demonstrations and signs, else a pair; one more where a mismatched one is added."""
-    objective = settings.objective
-    demonstrations = {term.name for term in objective.terms} == {"nll"}
-    return (1 if demonstrations or objective.unpaired else 2) + objective.mismatched
 
 
 def abstract_mesh(layout: Layout, platform: str) -> AbstractMesh:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from paxo.models.config import ModelConfig
 from paxo.plan.flops import layer_params
 from paxo.plan.layout import Layout, abstract_mesh
+from paxo.plan.rounds import Drawing
 from paxo.plan.shapes import Run, bytes_per_device, placement
 from paxo.scoring import default_chunk
 
@@ -23,6 +24,7 @@ CATEGORIES = (
     "gradients",
     "moments",
     "reference",
+    "anchors",
     "activations",
     "logits",
     "cache",
@@ -41,7 +43,8 @@ class Memory:
         head: category -> what a training step adds while the head's gradient is made.
         layers: the same while the layers' are.
         scorer: the same of a frozen policy's log-probs.
-        sampler: the same of drawing completions.
+        sampler: the same of drawing completions, of the sampler that takes most.
+        draws: whether the run draws completions itself.
     """
 
     resident: dict[str, int]
@@ -49,6 +52,7 @@ class Memory:
     layers: dict[str, int]
     scorer: dict[str, int]
     sampler: dict[str, int]
+    draws: bool = False
 
     def peak(self) -> int:
         """The most that lies there at a time while a run trains and scores."""
@@ -58,12 +62,20 @@ class Memory:
         """The most while completions are drawn."""
         return sum(self.resident.values()) + _sum(self.sampler)
 
+    def needed(self) -> int:
+        """The most in all that the run does."""
+        return max(self.peak(), self.sampling_peak()) if self.draws else self.peak()
+
+    def second_state(self) -> int:
+        """Bytes of the state that an extragradient half step leaves beside its own; 0 without."""
+        return self.head.get("parameters", 0) + self.head.get("moments", 0)
+
     def by_category(self) -> dict[str, int]:
         """What each category takes at its most in training, and the cache in sampling.
 
         Not all of them do at the same time: `peak` is less than their sum.
         """
-        parts = (self.head, self.layers, self.scorer, {"cache": self.sampler["cache"]})
+        parts = (self.head, self.layers, self.scorer, {"cache": self.sampler.get("cache", 0)})
         return {
             name: self.resident.get(name, 0) + max(part.get(name, 0) for part in parts)
             for name in CATEGORIES
@@ -105,21 +117,26 @@ def memory_of(run: Run, platform: str, held: Held | None = None) -> Memory:
     layout, mesh = run.layout, abstract_mesh(run.layout, platform)
     held = held_bytes(run, mesh) if held is None else held
     trained = held.params
+    plays = run.round
     resident = {
         "parameters": held.params,
         "frozen": held.frozen,
         "moments": held.moments,
         "reference": held.references,
+        "anchors": len(plays.anchors) * trained,
     }
     scored = logit_bytes(run, mesh)
     summed = trained if layout.microbatches > 1 else 0
-    kept = kept_bytes(run.config, layout) + _batch_bytes(run)
+    kept = kept_bytes(run.config, layout) + plays.batches * batch_bytes(run)
     layers, head = gathered_bytes(run)
     trains_all = not run.policy.frozen
+    # The half step of an extragradient round keeps the state that it starts from.
+    second = {"parameters": trained, "moments": held.moments} if plays.turns > 1 else {}
     return Memory(
         resident=resident,
         # Logits once more and their gradient; the head's own gradient in float32.
         head={
+            **second,
             "gradients": summed,
             "activations": kept,
             "logits": scored + scored // 2,
@@ -127,12 +144,18 @@ def memory_of(run: Run, platform: str, held: Held | None = None) -> Memory:
         },
         # What lies between a layer's products; its weights and their gradients, whole.
         layers={
+            **second,
             "gradients": summed + trained,
             "activations": kept + LIVE * _widest(run.config, layout),
             "collectives": layers * (2 if trains_all else 1),
         },
         scorer=_scorer(run.scoring, platform),
-        sampler=_sampler(run, held.prepared),
+        sampler=max(
+            (_sampler(run, drawing, held) for drawing in plays.programs.values()),
+            key=_sum,
+            default={},
+        ),
+        draws=plays.number > 0,
     )
 
 
@@ -174,45 +197,49 @@ def gathered_bytes(run: Run) -> tuple[int, int]:
     return 2 * _itemsize(config) * layer, _itemsize(config) * matrix
 
 
-def cache_bytes(run: Run) -> int:
-    """Keys and values of an online round's prompts and completions."""
-    config, layout = run.config, run.layout
-    prompts = run.prompts.tokens.shape[0] // (layout.data * layout.fsdp)
-    tokens = run.lengths.max_prompt + run.row.candidates * run.lengths.max_completion
-    heads = _share(config.num_kv_heads, layout.tensor)
-    return 2 * _itemsize(config) * prompts * tokens * heads * config.head_dim * config.num_layers
+def cache_bytes(run: Run, drawing: Drawing) -> int:
+    """Keys and values of a sampler's prompts and completions."""
+    config, layout, sampled = run.config, run.layout, drawing.config
+    prompts = run.round.batch // (layout.data * layout.fsdp)
+    tokens = run.round.width + sampled.num_candidates * sampled.max_new_tokens
+    heads = _share(config.num_kv_heads, layout.tensor) * config.head_dim * config.num_layers
+    return drawing.policies * 2 * _itemsize(config) * prompts * tokens * heads
+
+
+def batch_bytes(run: Run) -> int:
+    """A step's rows on one device."""
+    leaves = jax.tree.leaves(run.batch)
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    return whole // (run.layout.data * run.layout.fsdp)
 
 
 def _scorer(run: Run, platform: str) -> dict[str, int]:
     """A scorer runs all rows at once; frozen weights have no gradients."""
     whole = dataclasses.replace(run.layout, microbatches=1)
+    rows = run.round.batches * batch_bytes(run)
     return {
-        "activations": LIVE * _widest(run.config, whole) + _batch_bytes(run),
+        "activations": LIVE * _widest(run.config, whole) + rows,
         "logits": logit_bytes(run, abstract_mesh(run.layout, platform)),
         "collectives": max(gathered_bytes(run)),
     }
 
 
-def _sampler(run: Run, prepared: int) -> dict[str, int]:
-    config, layout = run.config, run.layout
-    prompts = run.prompts.tokens.shape[0] // (layout.data * layout.fsdp)
-    logits = 4 * prompts * run.row.candidates * config.vocab_size
+def _sampler(run: Run, drawing: Drawing, held: Held) -> dict[str, int]:
+    config, layout, plays = run.config, run.layout, run.round
+    prompts = plays.batch // (layout.data * layout.fsdp)
+    logits = 4 * prompts * drawing.config.num_candidates * config.vocab_size
     width = max(config.hidden_size, 2 * config.intermediate_size // layout.tensor)
-    prefill = LIVE * prompts * run.lengths.max_prompt * width
+    prefill = LIVE * prompts * plays.width * width
+    # Opponents of an extragradient round are drawn from where its half step led.
+    half = held.params if plays.turns > 1 else 0
     return {
         # Decoding casts the weights once, before its first token.
-        "parameters": prepared,
+        "parameters": drawing.policies * held.prepared + half,
         "activations": prefill * _itemsize(config),
-        "logits": 3 * logits,
-        "cache": cache_bytes(run),
+        "logits": (2 + drawing.policies) * logits,
+        "cache": cache_bytes(run, drawing),
         "collectives": max(gathered_bytes(run)),
     }
-
-
-def _batch_bytes(run: Run) -> int:
-    leaves = jax.tree.leaves(run.batch)
-    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    return whole // (run.layout.data * run.layout.fsdp)
 
 
 def _widest(config: ModelConfig, layout: Layout) -> int:

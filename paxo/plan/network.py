@@ -20,7 +20,6 @@ class Traffic(NamedTuple):
 
     step: dict[str, float]
     scorer: dict[str, float]
-    token: dict[str, float]
 
 
 def traffic_of(run: Run) -> Traffic:
@@ -28,7 +27,7 @@ def traffic_of(run: Run) -> Traffic:
 
     A step gathers each layer's weights where they are used, forward and backward, and reduces their
     gradients to the devices that hold them; copies add gradients up; where heads are split, the
-    outputs of attention and SwiGLU are. `token` is of one step of decoding.
+    outputs of attention and SwiGLU are.
 
     A compiler may send more. libtpu 0.0.52 adds gradients up whole on all devices, twice the bytes,
     where fsdp takes all of v5e:8x8, v5e:16x16, v6e:16x16, v5p:4x4x4 or v5p:4x4x8, under any of its
@@ -40,7 +39,7 @@ def traffic_of(run: Run) -> Traffic:
     matrix = config.hidden_size * config.vocab_size / layout.tensor
     own = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(run.state.params))
     part = layout.microbatches
-    gathered = _others(layout.fsdp) * (layers + size * matrix)
+    gathered = _gathered(run)
     # Layers' gradients travel in the dtype of the products, others in float32. A frozen base has
     # none: adapters alone do.
     gradients = own / layout.tensor if run.policy.frozen else layers + 4 * matrix
@@ -54,17 +53,17 @@ def traffic_of(run: Run) -> Traffic:
             "fsdp": part * (2 * gathered + _others(layout.fsdp) * gradients),
             "tensor": _tensor(config, layout, tokens, passes=3 if config.remat == "full" else 2),
         },
-        scorer={
-            "data": 0.0,
-            "fsdp": gathered,
-            "tensor": _tensor(config, layout, tokens, passes=1),
-        },
-        token={
-            "data": 0.0,
-            "fsdp": gathered,
-            "tensor": _tensor(config, layout, _sequences(run), passes=1),
-        },
+        scorer=pass_traffic(run, tokens),
     )
+
+
+def pass_traffic(run: Run, tokens: float) -> dict[str, float]:
+    """What a pass without gradients over so many tokens of each device sends, by mesh axis."""
+    return {
+        "data": 0.0,
+        "fsdp": _gathered(run),
+        "tensor": _tensor(run.config, run.layout, tokens, passes=1),
+    }
 
 
 def axis_bandwidths(layout: Layout, topology: Topology) -> dict[str, float]:
@@ -110,6 +109,9 @@ def _tensor(config: ModelConfig, layout: Layout, tokens: float, passes: int) -> 
     return passes * 2 * _others(layout.tensor) * once
 
 
-def _sequences(run: Run) -> float:
-    layout = run.layout
-    return run.prompts.tokens.shape[0] * run.row.candidates / (layout.data * layout.fsdp)
+def _gathered(run: Run) -> float:
+    """Weights that a pass brings from the other devices of fsdp."""
+    config, layout = run.config, run.layout
+    weights = config.num_layers * layer_params(config) + config.hidden_size * config.vocab_size
+    size = jnp.dtype(config.compute_dtype).itemsize
+    return _others(layout.fsdp) * size * weights / layout.tensor

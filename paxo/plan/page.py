@@ -54,13 +54,13 @@ def markdown(made: Mapping[str, Any]) -> str:
 
 def verdict(made: Mapping[str, Any]) -> list[str]:
     """Whether it fits, what it takes, and what the figures rest on; one sentence a line."""
-    topology, time = made["topology"], made["time"]
+    topology, time, cost = made["topology"], made["time"], made["round"]
     fits = "fits" if made["fits"] else "does not fit"
     chips = f"{topology['chips']} chip{'s' if topology['chips'] > 1 else ''}"
     lines = [
         f"{made['model']['name']} {fits} {topology['name']} ({chips}): {_spare(made['spare'])} of "
         f"{_bytes(topology['hbm_bytes'])} a device; at least {SPARE:.0%} shall be.",
-        f"{time['steps']} steps take at least {_duration(time['run_seconds'])}, that is "
+        f"{_work(made)} take at least {_duration(time['run_seconds'])}, that is "
         f"{time['chip_hours']:,.1f} chip-hours.",
         f"Memory by category and times are analytic, times are bounds. {made['compiled_because']}.",
     ]
@@ -68,8 +68,31 @@ def verdict(made: Mapping[str, Any]) -> list[str]:
         kind, small = made["smallest"]["of"], made["smallest"]["too_small"]
         too_small = f" Compiled and found too small: {', '.join(small)}." if small else ""
         lines.insert(1, f"It is the smallest slice of {kind} that holds the run.{too_small}")
+    if cost["left_out"]:
+        lines.append(f"{cost['left_out']}.")
+    if second := made["memory"]["second_state"]:
+        lines.append(
+            f"The half step of a round keeps the state that it starts from: {_bytes(second)} more "
+            "than a step."
+        )
+    if cost["number"] and cost["drawn"] >= 2 * cost["prompts"]:
+        lines.append(
+            f"A sampler draws for {cost['drawn']} prompts a round, of which {cost['prompts']} are "
+            "asked: each process fills a batch of its own; a smaller sample_batch draws fewer."
+        )
     failed = [p["failure"] for p in made["compiled"].values() if p["failure"]]
     return lines + [f"The compiler says: {failure}." for failure in failed]
+
+
+def _work(made: Mapping[str, Any]) -> str:
+    """What the run does, counted."""
+    cost, steps = made["round"], made["time"]["steps"]
+    if not cost["number"]:
+        return f"{steps} steps"
+    each = cost["steps"]
+    of = f" of {each} step{'s' if each > 1 else ''}" if each * cost["number"] == steps else ""
+    twice = ", each step taken twice," if each * cost["number"] == 2 * steps else ""
+    return f"{cost['number']} rounds{of}{twice}"
 
 
 def tables(made: Mapping[str, Any]) -> list[Table]:
@@ -96,9 +119,11 @@ def _run(made: Mapping[str, Any]) -> Table:
          f"{assumed['prompt']:.0f}, {assumed['max_prompt']} tokens"),
         ("assumed completion, mean and longest",
          f"{assumed['completion']:.0f}, {assumed['max_completion']} tokens"),
-        ("candidates", str(assumed["candidates"])),
+        ("candidates of a group", str(assumed["candidates"])),
         ("groups a row", f"{assumed['groups_per_row']:.1f}"),
     ]  # fmt: skip
+    if anchors := made["memory"]["anchors"]:
+        rows.append(("copies of the trained weights beside the state", ", ".join(anchors)))
     return Table("the run", ("", ""), rows)
 
 
@@ -170,27 +195,39 @@ def _received(made: Mapping[str, Any]) -> Table:
 
 def _round(made: Mapping[str, Any]) -> Table:
     cost = made["round"]
-    rows = [(name, _seconds(cost[name])) for name in ("sampling", "scoring", "step", "seconds")]
-    rows[-1] = ("whole round", rows[-1][1])
+    names = {
+        "sampling": "drawing candidates" if cost["number"] else "sampling",
+        "opponents": "drawing opponents",
+        "scoring": "scoring",
+        "step": f"{cost['steps']} steps" if cost["steps"] > 1 else "step",
+        "seconds": "whole round",
+    }
+    shown = [name for name in names if cost[name] or name != "opponents"]
+    rows = [(names[name], _seconds(cost[name])) for name in shown]
     rows.append(("chip-hours", f"{cost['chip_hours']:.3f}"))
     if best := cost["fastest_sampling"]:
         rows.append((f"sampling on {_mesh(best['mesh'])}", _seconds(best["seconds"])))
-    title = f"an online round of {cost['prompts']} prompts × {cost['candidates']}, at least"
+    against = f" against {cost['against']}" if cost["against"] else ""
+    title = (
+        f"an online round of {cost['prompts']} prompts × {cost['candidates']}{against}, at least"
+    )
     return Table(title, ("", ""), rows)
 
 
 def _search(made: Mapping[str, Any]) -> Table:
-    rows = []
+    rows, plays = [], made["round"]["number"] > 0
     for number, found in enumerate(made["search"], 1):
         by = "compiled" if found["compiled"] else "estimated"
         rows.append((
             f"{number}. {found['layout']['flags']}",
-            _seconds(found["scored_step"]),
+            _seconds(found["round_seconds" if plays else "scored_step"]),
             f"{found['mfu_bound']:.0%}",
             f"{found['spare']:.0%} {by}",
         ))  # fmt: skip
-    columns = ("--set", "step with scoring", "MFU", "spare")
-    return Table("fastest layouts of as many tokens a step", columns, rows)
+    columns = ("--set", "round" if plays else "step with scoring", "MFU", "spare")
+    return Table(
+        f"fastest layouts of as many {'groups' if plays else 'tokens'} a step", columns, rows
+    )
 
 
 def _spare(share: float) -> str:
@@ -211,7 +248,7 @@ def _seconds(number: float) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return _seconds(seconds)
     minutes = seconds / 60
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
-from paxo.experiment import Experiment
 from paxo.models.config import ModelConfig
 from paxo.overrides import SettingsError
 from paxo.plan.chips import TPUS
-from paxo.plan.compiled import Compiled, compile_programs
+from paxo.plan.compiled import HALF_STEP, Compiled, compile_programs
 from paxo.plan.estimate import SPARE, Estimate, estimate
-from paxo.plan.layout import Layout, first_layout, model_config
+from paxo.plan.kinds import first_layout, kind_of
+from paxo.plan.layout import Layout, model_config
+from paxo.plan.rounds import Drawing
 from paxo.plan.search import estimates, fastest_sampler, fitting, smallest
 from paxo.plan.shapes import Run, make_run, relaid
 from paxo.plan.topology import Topology, parse_topology
@@ -24,15 +25,20 @@ logger = logging.getLogger(__name__)
 HOPELESS = 1.5
 # Layouts of the search that are shown.
 BEST = 3
+TRAINING = ("step", HALF_STEP, "scorer")
+LEFT_OUT = (
+    "Judges, evaluation, what targets compute on packed rows (values and advantages) and what the "
+    "hosts do between programs are left out of a round's time"
+)
 
 
 def plan(
-    settings: Experiment, topology: str, *, model: str | None = None, compiled: int = 3
+    settings: Any, topology: str, *, model: str | None = None, compiled: int = 3
 ) -> dict[str, Any]:
     """What a run needs and takes on a topology.
 
     Args:
-        settings: of the experiment.
+        settings: an `Experiment`, or a `SelfPlay` of `paxo.rounds`.
         topology: such as "v5e:16x16", or a kind of TPU alone: its smallest slice that holds the
             run is then found.
         model: name of a known shape that replaces the settings' model.
@@ -44,37 +50,31 @@ def plan(
         device, seconds of a program; see `paxo.plan.page` for what they mean.
 
     Raises:
-        SettingsError: for a topology, model or mesh that cannot be.
+        SettingsError: for a topology, model or mesh that cannot be, for other settings, and for a
+            method of self-play of which no round is like the next.
     """
-    if not isinstance(settings, Experiment):
-        raise SettingsError(
-            f"paxo plan reads a paxo.Experiment; this file's settings are "
-            f"{type(settings).__name__}: plan a file with the same model and objective, whose page "
-            "tells what an online round costs"
-        )
+    kind_of(settings)
     config = model_config(settings, model)
     if topology in TPUS:
         return _smallest(settings, config, topology, model, compiled)
     place = parse_topology(topology)
-    run = make_run(settings, config, first_layout(settings, config, place.num_devices))
+    layout = first_layout(settings, config, place.num_devices)
+    run = make_run(settings, config, layout, place.num_processes)
     return _planned(run, place, model, compiled)
 
 
 def _smallest(
-    settings: Experiment, config: ModelConfig, kind: str, model: str | None, compiled: int
+    settings: Any, config: ModelConfig, kind: str, model: str | None, compiled: int
 ) -> dict[str, Any]:
     """The plan of the smallest slice that holds the run, by the compiler if it is asked.
 
     No mesh of the settings counts: which are possible depends on the slice.
     """
-    without = {
-        role: dataclasses.replace(getattr(settings, role), mesh=None)
-        for role in ("reference", "previous")
-    }
-    settings, too_small = dataclasses.replace(settings, **without), []
+    settings, too_small = kind_of(settings).anywhere(settings.mesh), []
     for topology, found in smallest(settings, config, kind):
         for layout in found:
-            made = _planned(make_run(settings, config, layout), topology, model, compiled)
+            run = make_run(settings, config, layout, topology.num_processes)
+            made = _planned(run, topology, model, compiled)
             if made["fits"]:
                 return made | {"smallest": {"of": kind, "too_small": too_small}}
         too_small.append(topology.name)
@@ -94,24 +94,27 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
         for number, found in enumerate(best)
     ]
     spare = _spare(own, programs, topology)
-    seconds = run.settings.train.num_steps * own.scored_step
+    plays = own.round
+    seconds = plays.number * own.round_seconds or run.kind.num_steps * own.scored_step
     hours = seconds / 3600
     return {
         "topology": _topology(topology),
         "model": {
-            "name": model or run.settings.model.path or "the model of the settings",
+            "name": model or run.kind.model.path or "the model of the settings",
             "parameters": _count(run.params),
             "trained": _count(run.state.params),
             "shape": dataclasses.asdict(run.config),
         },
-        "objective": run.settings.objective.name,
-        "layout": _layout(run.layout),
+        "objective": run.kind.objective.name,
+        "layout": _layout(run, run.layout),
         "meshes": _meshes(run),
         "assumptions": _assumptions(run),
         "memory": {
             "bytes": own.memory.by_category(),
             "peak": own.memory.peak(),
             "sampling_peak": own.memory.sampling_peak(),
+            "anchors": list(plays.anchors),
+            "second_state": own.memory.second_state(),
             "spare": own.spare(topology),
         },
         "compiled": {name: _program(program) for name, program in programs.items()},
@@ -131,19 +134,25 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
             "scored_step": own.scored_step,
             "mfu_bound": own.mfu(topology),
             "tokens_per_second": own.tokens_per_second,
-            "steps": run.settings.train.num_steps,
+            "steps": run.kind.num_steps,
             "run_seconds": seconds,
             "chip_hours": hours * topology.num_chips,
         },
         "round": {
-            "prompts": run.prompts.tokens.shape[0],
-            "candidates": run.row.candidates,
+            "number": plays.number,
+            "prompts": plays.prompts,
+            "candidates": _completions(plays.draws),
+            "against": _completions(plays.opponents),
+            "drawn": plays.drawn,
+            "steps": own.steps,
             "sampling": own.sampler.bound,
-            "scoring": own.references * own.scorer.bound,
-            "step": own.step.bound,
+            "opponents": own.opponents.bound,
+            "scoring": own.steps * own.references * own.scorer.bound,
+            "step": own.steps * own.step.bound,
             "seconds": own.round_seconds,
             "chip_hours": own.round_seconds / 3600 * topology.num_chips,
-            "fastest_sampling": _fastest_sampling(others, topology),
+            "fastest_sampling": None if plays.number else _fastest_sampling(others, topology),
+            "left_out": LEFT_OUT if plays.number else None,
         },
         "search": searched,
     }
@@ -152,8 +161,8 @@ def _planned(run: Run, topology: Topology, model: str | None, compiled: int) -> 
 def _compiled(run: Run, own: Estimate, topology: Topology) -> dict[str, Compiled]:
     if not topology.compiles:
         return {}
-    if own.memory.peak() > HOPELESS * topology.chip.hbm_bytes:
-        logger.info("not compiled: the estimate alone is %.0f times the memory", own.memory.peak()
+    if own.memory.needed() > HOPELESS * topology.chip.hbm_bytes:
+        logger.info("not compiled: the estimate alone is %.0f times the memory", own.memory.needed()
                     / topology.chip.hbm_bytes)  # fmt: skip
         return {}
     return compile_programs(run, topology)
@@ -170,11 +179,12 @@ def _searched(
     if found.layout != run.layout:
         other = relaid(run, found.layout)
         make = compiled and topology.compiles
-        programs = compile_programs(other, topology, ("step",)) if make else {}
+        programs = compile_programs(other, topology, ("step", HALF_STEP)) if make else {}
     spare = _spare(found, programs, topology)
     return {
-        "layout": _layout(found.layout),
+        "layout": _layout(run, found.layout),
         "scored_step": found.scored_step,
+        "round_seconds": found.round_seconds,
         "tokens_per_second": found.tokens_per_second,
         "mfu_bound": found.mfu(topology),
         "estimated_spare": found.spare(topology),
@@ -192,8 +202,14 @@ def _fastest_sampling(found: list[Estimate], topology: Topology) -> dict[str, An
 
 
 def _spare(own: Estimate, programs: dict[str, Compiled], topology: Topology) -> float:
-    """What is left in training: by the compiler where it was asked, else by the estimate."""
-    peaks = [programs[name].peak for name in ("step", "scorer") if name in programs]
+    """What is left: by the compiler where it was asked, else by the estimate.
+
+    Drawing counts where the run draws, not where the page tells what that would be.
+    """
+    wanted = programs if own.memory.draws else [name for name in TRAINING if name in programs]
+    peaks = [programs[name].peak for name in wanted]
+    if peaks and own.memory.draws and not programs.keys() & own.round.programs.keys():
+        peaks.append(own.memory.sampling_peak())
     return 1 - max(peaks) / topology.chip.hbm_bytes if peaks else own.spare(topology)
 
 
@@ -222,8 +238,13 @@ def _topology(topology: Topology) -> dict[str, Any]:
     }
 
 
-def _layout(layout: Layout) -> dict[str, Any]:
-    return dataclasses.asdict(layout) | {"flags": layout.flags()}
+def _layout(run: Run, layout: Layout) -> dict[str, Any]:
+    return dataclasses.asdict(layout) | {"flags": run.kind.flags(layout)}
+
+
+def _completions(drawings: tuple[Drawing, ...]) -> int:
+    """Those of each prompt."""
+    return sum(drawing.config.num_candidates for drawing in drawings)
 
 
 def _meshes(run: Run) -> dict[str, dict[str, int]]:

@@ -1,17 +1,21 @@
 """Other layouts of the same training: which are possible, which fit, which are fastest.
 
-What is learnt stays: the tokens of a step are those of the settings. Free are the mesh, the number
-of microbatches, what the backward pass computes again, and the length of rows.
+What is learnt stays: the tokens of a step are those of the settings, or in self-play the groups of
+a step, whose rows are padded as the layout needs it. Free are the mesh, the number of microbatches,
+what the backward pass computes again, and the length of rows.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
-from paxo.experiment import Experiment
 from paxo.models.config import ModelConfig
+from paxo.overrides import SettingsError
 from paxo.plan.estimate import SPARE, Estimate, estimate
-from paxo.plan.layout import Layout, abstract_mesh, first_layout
+from paxo.plan.kinds import first_layout, kind_of
+from paxo.plan.layout import Layout, abstract_mesh
 from paxo.plan.memory import Held, held_bytes
 from paxo.plan.shapes import Run, make_run, relaid
 from paxo.plan.topology import Topology, slices
@@ -24,29 +28,31 @@ SLACK = 0.05
 
 
 def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
-    """Possible layouts of as many tokens a step as the run has; its own comes first.
+    """Possible layouts of as much in a step as the run has; its own comes first.
 
     Rows are as long, half or twice as long; a row still holds the longest group.
     """
-    first, settings, config = run.layout, run.settings, run.config
+    first, kind, config = run.layout, run.kind, run.config
+    rows_of = functools.partial(kind.rows, run.tokens, run.lengths)
     shortest = run.lengths.max_prompt + run.row.candidates * run.lengths.max_completion
     row_lengths = [first.row_length]
-    if settings.data.slots is None:
+    if not kind.fixed_rows:
         row_lengths += [first.row_length // 2, first.row_length * 2]
-    tokens = first.rows * first.row_length
-    own = [role for role in run.references if getattr(settings, role).mesh is not None]
+    own = [role for role in run.references if kind.mesh_of(role) is not None]
     frozen = [run.layout_of(role) for role in own]
     seen = {first}
     yield first
     for length, (data, fsdp, tensor) in itertools.product(
         row_lengths, _meshes(config, topology.num_devices)
     ):
-        rows, over = divmod(tokens, length)
-        if over or length < shortest or rows % (data * fsdp):
+        ways = data * fsdp
+        whole = rows_of(length, ways, 1) if length >= shortest else None
+        if whole is None:
             continue
-        if any(rows % (each.data * each.fsdp) for each in frozen):
-            continue
-        for parts, remat in itertools.product(_divisors(rows // (data * fsdp)), REMATS):
+        for parts, remat in itertools.product(_divisors(whole // ways), REMATS):
+            rows = rows_of(length, ways, parts)
+            if any(rows % (each.data * each.fsdp) for each in frozen):
+                continue
             if parts > 1 and rows // (data * fsdp * parts) * length < MIN_TOKENS:
                 continue
             layout = Layout(data, fsdp, tensor, rows, length, parts, remat)
@@ -58,7 +64,7 @@ def layouts(run: Run, topology: Topology) -> Iterator[Layout]:
 def estimates(run: Run, topology: Topology) -> list[Estimate]:
     """Estimates of all layouts, the fastest first; of equal ones that which needs less memory.
 
-    Ranked by `Seconds.ranked` of step and scoring.
+    Ranked by `Estimate.ranked`.
 
     Args:
         run: what the settings ask for.
@@ -73,8 +79,7 @@ def estimates(run: Run, topology: Topology) -> list[Estimate]:
         return estimate(other, topology, held[sizes])
 
     def key(found: Estimate) -> tuple[float, int]:
-        seconds = found.step.ranked + found.references * found.scorer.ranked
-        return round(seconds, 6), found.memory.peak()
+        return round(found.ranked, 6), found.memory.needed()
 
     return sorted(map(of, layouts(run, topology)), key=key)
 
@@ -95,7 +100,7 @@ def fastest_sampler(found: list[Estimate], topology: Topology) -> Estimate | Non
 
 
 def smallest(
-    settings: Experiment, config: ModelConfig, kind: str
+    settings: Any, config: ModelConfig, kind: str
 ) -> Iterator[tuple[Topology, list[Layout]]]:
     """The slices that may hold a run, from small to large, each with the layouts to be compiled.
 
@@ -103,7 +108,7 @@ def smallest(
     by no more than estimates are off.
 
     Args:
-        settings: of the experiment; its mesh and microbatches do not count.
+        settings: an `Experiment` or a `SelfPlay`; its mesh and microbatches do not count.
         config: of the model.
         kind: of TPU, such as "v5p".
     """
@@ -111,22 +116,26 @@ def smallest(
         first = free_layout(settings, config, topology.num_devices)
         if first is None:
             continue
-        found = estimates(make_run(settings, config, first), topology)
+        run = make_run(settings, config, first, topology.num_processes)
+        found = estimates(run, topology)
         roomiest = max(found, key=lambda e: e.spare(topology))
         if roomiest.spare(topology) >= SPARE - SLACK:
             fastest = next(iter(fitting(found, topology)), roomiest)
             yield topology, list(dict.fromkeys([fastest.layout, roomiest.layout]))
 
 
-def free_layout(settings: Experiment, config: ModelConfig, devices: int) -> Layout | None:
+def free_layout(settings: Any, config: ModelConfig, devices: int) -> Layout | None:
     """A layout from which a search may start, whatever mesh the settings name; None without one."""
-    settings = dataclasses.replace(
-        settings, train=dataclasses.replace(settings.train, microbatches=1)
-    )
+    kind = kind_of(settings)
+    kind.row_length(kind.lengths(config))  # what is wrong on every mesh is raised
     for data, fsdp, tensor in _meshes(config, devices):
-        if data == 1 and settings.train.rows_per_batch % fsdp == 0:
-            mesh = dataclasses.replace(settings.mesh, data=1, fsdp=fsdp, tensor=tensor)
-            return first_layout(dataclasses.replace(settings, mesh=mesh), config, devices)
+        if data > 1:
+            continue
+        mesh = dataclasses.replace(settings.mesh, data=1, fsdp=fsdp, tensor=tensor)
+        try:
+            return first_layout(kind.anywhere(mesh), config, devices)
+        except SettingsError:
+            continue  # its rows cannot be split so
     return None
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from paxo.data.row_shape import RowShape
-from paxo.experiment import Experiment
 from paxo.frozen import HEAD, frozen_shardings
 from paxo.models.config import ModelConfig
 from paxo.models.heads import HEADS, init_heads, with_heads
@@ -18,13 +17,9 @@ from paxo.models.lora import init_lora, with_lora
 from paxo.models.policy import make_policy, param_shapes
 from paxo.models.sharding import MESH_AXES, make_mesh, param_shardings, partition_spec
 from paxo.objectives import HIDDEN_ROLE
-from paxo.plan.layout import (
-    Layout,
-    Lengths,
-    assumed_lengths,
-    frozen_layout,
-    num_candidates,
-)
+from paxo.plan.kinds import Kind, kind_of
+from paxo.plan.layout import Layout, Lengths, frozen_layout
+from paxo.plan.rounds import Round
 from paxo.training.state import TrainState, init_state, state_shardings
 from paxo.types import Params, Policy, PreferenceBatch, PromptBatch
 
@@ -34,7 +29,7 @@ class Run:
     """One run in one layout; every array is a `ShapeDtypeStruct`.
 
     Attributes:
-        settings: of the experiment.
+        kind: the settings, as plans ask for them.
         layout: how it lies on the devices.
         config: of the model.
         policy: the model as functions.
@@ -47,9 +42,10 @@ class Run:
         lengths: what is assumed about the data.
         row: sizes of a row.
         groups: groups that a row holds on average.
+        processes: that share the devices.
     """
 
-    settings: Experiment
+    kind: Kind
     layout: Layout
     config: ModelConfig
     policy: Policy
@@ -61,6 +57,12 @@ class Run:
     lengths: Lengths
     row: RowShape
     groups: float
+    processes: int = 1
+
+    @property
+    def settings(self) -> Any:
+        """Those of the run."""
+        return self.kind.settings
 
     @property
     def params(self) -> Params:
@@ -74,11 +76,16 @@ class Run:
 
     @property
     def prompts(self) -> PromptBatch:
-        """Prompts of an online round: as many as a step's rows have groups."""
-        ways = self.layout.data * self.layout.fsdp
-        count = math.ceil(self.groups * self.layout.rows / ways) * ways
+        """What a sampler is given at a time."""
+        count = self.round.batch
         ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        return PromptBatch(ints((count, self.lengths.max_prompt)), ints((count,)), ints((count,)))
+        return PromptBatch(ints((count, self.round.width)), ints((count,)), ints((count,)))
+
+    @property
+    def round(self) -> Round:
+        """What is done between one drawing of completions and the next."""
+        given = self.config, self.lengths, self.layout, self.groups, self.processes
+        return self.kind.round(*given)
 
     @property
     def scoring(self) -> "Run":
@@ -88,7 +95,7 @@ class Run:
 
     def layout_of(self, role: str) -> Layout:
         """How a frozen policy lies."""
-        return frozen_layout(self.settings, role, self.layout)
+        return frozen_layout(self.kind.mesh_of(role), role, self.layout)
 
 
 class Placement(NamedTuple):
@@ -100,43 +107,55 @@ class Placement(NamedTuple):
     references: dict[str, Params]
 
 
-def make_run(settings: Experiment, config: ModelConfig, layout: Layout) -> Run:
+def make_run(settings: Any, config: ModelConfig, layout: Layout, processes: int = 1) -> Run:
     """The shapes of a run in a layout.
 
     Args:
-        settings: of the experiment.
+        settings: an `Experiment` or a `SelfPlay`.
         config: of the model, see `model_config`.
         layout: how it lies on the devices.
+        processes: that share these devices.
     """
-    config = dataclasses.replace(config, remat=layout.remat)
-    policy = _policy(settings, config)
-    optimizer = settings.optimizer.build(settings.train.num_steps)
-    references, copies = _references(settings, config)
-    state = _state(settings, config, policy, optimizer)
-    if settings.objective.reads_hidden(HIDDEN_ROLE) and HIDDEN_ROLE in references:
+    kind, config = kind_of(settings), dataclasses.replace(config, remat=layout.remat)
+    policy = _policy(kind, config)
+    optimizer = settings.optimizer.build(kind.num_steps)
+    state = _state(kind, config, policy, optimizer)
+    params = policy.join(state.params, state.frozen)
+    references, copies = kind.references(_base(kind, config), params)
+    if kind.objective.reads_hidden(HIDDEN_ROLE) and HIDDEN_ROLE in references:
         head = jax.eval_shape(policy.unembed, references[HIDDEN_ROLE])
         state = state.replace(frozen={**state.frozen, HEAD: head})
-    lengths = assumed_lengths(settings, config, num_candidates(settings))
-    row, groups = _row(settings, layout, lengths)
-    batch = _batch(settings, config, layout.rows, row, references)
+    lengths = kind.lengths(config)
+    row = kind.row(lengths, layout.row_length)
     return Run(
-        settings, layout, config, policy, optimizer, state, batch, references, copies, lengths, row,
-        groups,
-    )  # fmt: skip
+        kind,
+        layout,
+        config,
+        policy,
+        optimizer,
+        state,
+        kind.batch(config, policy, params, layout.rows, row, references),
+        references,
+        copies,
+        lengths,
+        row,
+        kind.groups(lengths, layout.row_length, layout.rows),
+        processes,
+    )
 
 
 def relaid(run: Run, layout: Layout) -> Run:
     """The same run in another layout."""
-    config = dataclasses.replace(run.config, remat=layout.remat)
-    row, groups = _row(run.settings, layout, run.lengths)
+    kind, config = run.kind, dataclasses.replace(run.config, remat=layout.remat)
+    policy, row = _policy(kind, config), kind.row(run.lengths, layout.row_length)
     return dataclasses.replace(
         run,
         layout=layout,
         config=config,
-        policy=_policy(run.settings, config),
-        batch=_batch(run.settings, config, layout.rows, row, run.references),
+        policy=policy,
+        batch=kind.batch(config, policy, run.params, layout.rows, row, run.references),
         row=row,
-        groups=groups,
+        groups=kind.groups(run.lengths, layout.row_length, layout.rows),
     )
 
 
@@ -209,22 +228,22 @@ def _frozen_placed(run: Run, role: str, mesh: Any) -> Any:
     return _params_placed(run.policy, run.references[role], mesh, everywhere)
 
 
-def _heads(settings: Experiment) -> tuple[str, ...]:
-    needed = [name for name in HEADS if settings.objective.arrays.get(name, False)]
-    return (*needed, *settings.model.heads)
+def _heads(kind: Kind) -> tuple[str, ...]:
+    needed = [name for name in HEADS if kind.objective.arrays.get(name, False)]
+    return (*needed, *kind.model.heads)
 
 
-def _policy(settings: Experiment, config: ModelConfig) -> Policy:
-    policy, heads, lora = make_policy(config), _heads(settings), settings.model.lora
+def _policy(kind: Kind, config: ModelConfig) -> Policy:
+    policy, heads, lora = make_policy(config), _heads(kind), kind.model.lora
     if lora is not None:
         policy = with_lora(policy, config, lora)
     return with_heads(policy, config.hidden_size, heads) if heads else policy
 
 
-def _state(settings: Experiment, config: ModelConfig, policy: Policy, optimizer: Any) -> TrainState:
+def _state(kind: Kind, config: ModelConfig, policy: Policy, optimizer: Any) -> TrainState:
     key = jax.eval_shape(lambda: jax.random.key(0))
-    heads, lora = _heads(settings), settings.model.lora
-    params = param_shapes(_base(settings, config))
+    heads, lora = _heads(kind), kind.model.lora
+    params = param_shapes(_base(kind, config))
     if lora is not None:
         make = functools.partial(init_lora, config=config, lora=lora)
         params = params | {"lora": jax.eval_shape(make, key)}
@@ -234,100 +253,12 @@ def _state(settings: Experiment, config: ModelConfig, policy: Policy, optimizer:
     trained, frozen = policy.split(params)
 
     def begin(params: Params, key: Any, frozen: Params) -> TrainState:
-        return init_state(params, settings.objective, optimizer, key, frozen=frozen)
+        return init_state(params, kind.objective, optimizer, key, frozen=frozen)
 
     return jax.eval_shape(begin, trained, key, frozen)
 
 
-def _references(
-    settings: Experiment, config: ModelConfig
-) -> tuple[dict[str, Params], tuple[str, ...]]:
-    """Role -> shapes, and the roles with weights of their own.
-
-    Roles whose settings are the same share one policy and stand once.
-    """
-    given = {"reference": settings.reference, "previous": settings.previous}
-    roles = [
-        role
-        for role, chosen in given.items()
-        if role in settings.objective.frozen_roles
-        or (role in settings.objective.optional_roles and chosen.attach)
-    ]
-    first: dict[Any, str] = {}
-    for role in roles:
-        first.setdefault(given[role], role)
-    base, full = _base(settings, config), settings.model.lora is None
-
-    def shapes(role: str) -> Params:
-        dtype = given[role].dtype or base.param_dtype
-        return param_shapes(dataclasses.replace(base, param_dtype=dtype))
-
-    def is_copy(role: str) -> bool:
-        own = given[role].path, given[role].dtype, given[role].mesh
-        return full or any(x is not None for x in own)
-
-    return {role: shapes(role) for role in first.values()}, tuple(filter(is_copy, first.values()))
-
-
-def _base(settings: Experiment, config: ModelConfig) -> ModelConfig:
+def _base(kind: Kind, config: ModelConfig) -> ModelConfig:
     """The decoder with its weights as they are kept: frozen ones beside adapters are narrower."""
-    lora = settings.model.lora
+    lora = kind.model.lora
     return config if lora is None else dataclasses.replace(config, param_dtype=lora.base_dtype)
-
-
-def _row(settings: Experiment, layout: Layout, lengths: Lengths) -> tuple[RowShape, float]:
-    """Sizes of a row, and the groups that it holds on average."""
-    candidates = num_candidates(settings)
-    tokens = lengths.prompt + candidates * lengths.completion
-    scored = candidates * lengths.completion / tokens * layout.row_length
-    slots = settings.data.slots or math.ceil(1.1 * scored / 64) * 64
-    groups = max(layout.row_length / tokens, 1.0)
-    shape = RowShape(
-        length=layout.row_length,
-        slots=min(slots, layout.row_length),
-        groups=math.ceil((groups + 1) / 4) * 4,
-        candidates=candidates,
-        max_completion=min(lengths.max_completion, layout.row_length),
-    )
-    return shape, groups
-
-
-def _batch(
-    settings: Experiment, config: ModelConfig, rows: int, row: RowShape, references: dict
-) -> PreferenceBatch:
-    objective = settings.objective
-    axes = {"K": row.candidates, "T": row.max_completion, "D": config.hidden_size}
-
-    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype)
-
-    ints = functools.partial(array, dtype=jnp.int32)
-    per_token, per_slot = ints(row.length), ints(row.slots)
-    groups = row.groups, row.candidates
-    # Where the name tells no axes, the records do: a number for each completion is the usual.
-    told = [extra.partition(":") for extra in settings.data.extras]
-    extras = {
-        name: array(row.groups, *(axes[axis] for axis in letters or "K"))
-        for name, _, letters in told
-    }
-    roles = [r for r in ("reference", "previous") if r in objective.frozen_roles or r in references]
-    return PreferenceBatch(
-        tokens=per_token,
-        positions=per_token,
-        group=per_token,
-        branch=per_token,
-        score_from=per_slot,
-        score_token=per_slot,
-        score_slot=per_slot,
-        labels=array(*groups),
-        where=array(*groups, dtype=bool),
-        fixed_logps={role: array(*groups) for role in roles},
-        fixed_token_logps={r: array(row.slots) for r in roles if objective.reads_tokens(r)},
-        fixed_hidden={
-            r: array(row.slots, config.hidden_size, dtype=jnp.dtype(config.compute_dtype))
-            for r in roles
-            if objective.reads_hidden(r)
-        },
-        extras=extras,
-        max_completion=row.max_completion,
-    )

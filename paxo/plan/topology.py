@@ -13,6 +13,8 @@ from paxo.overrides import SettingsError
 from paxo.plan.chips import GPUS, TPUS, Chip
 
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, gpu:h200x8 or cpu"
+# Chips of one host of a TPU, as libtpu has them.
+HOST_CHIPS = 4
 # Slices that are rented, from small to large.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = (
@@ -53,6 +55,13 @@ class Topology:
     def num_chips(self) -> int:
         """What is paid for: on TPU7x a chip holds two devices."""
         return self.num_devices // self.chip.devices_per_chip
+
+    @property
+    def num_processes(self) -> int:
+        """One for each host of TPUs; of GPUs one in all on one node, else one for each GPU."""
+        if self.platform == "tpu":
+            return -(-self.num_chips // HOST_CHIPS)
+        return self.num_devices if 0 < self.chip.node < self.num_devices else 1
 
     @property
     def compiles(self) -> bool:

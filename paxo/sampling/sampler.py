@@ -113,15 +113,19 @@ def lower_sampler(
     key: Array,
     *,
     mesh: Mesh,
+    reference_params: Params | None = None,
 ) -> Any:
-    """The lowered program of `make_sampler`'s sampler, to be compiled and looked at.
+    """The lowered program of a sampler, to be compiled and looked at.
 
     The first three arguments and `mesh` are those of `make_sampler`, the others those of its
-    sampler; of these shapes with their shardings are enough.
+    sampler; of these shapes with their shardings are enough. With `reference_params` it is the
+    sampler of `make_mixture_sampler`, of two policies of this model.
     """
-    stops, weights = Stops(stop_ids, config.stop_sequences), jax.ShapeDtypeStruct((1,), jnp.float32)
+    both = (params,) if reference_params is None else (params, reference_params)
+    models, stops = Models((policy,) * len(both)), Stops(stop_ids, config.stop_sequences)
+    weights = jax.ShapeDtypeStruct((len(both),), jnp.float32)
     with jax.set_mesh(mesh):
-        return _sample.lower(Models((policy,)), config, stops, (params,), weights, prompts, key)
+        return _sample.lower(models, config, stops, both, weights, prompts, key)
 
 
 def make_mixture_sampler(

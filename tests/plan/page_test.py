@@ -26,13 +26,14 @@ SCHEMA = {
     "layout": {"data", "fsdp", "tensor", "rows", "row_length", "microbatches", "remat", "flags"},
     "assumptions": {"prompt", "completion", "max_prompt", "max_completion", "candidates",
                     "scored_slots", "groups_per_row"},
-    "memory": {"bytes", "peak", "sampling_peak", "spare"},
+    "memory": {"bytes", "peak", "sampling_peak", "anchors", "second_state", "spare"},
     "flops": {"step", "useful", "step_per_device"},
     "collective_bytes": {"step", "scorer"},
     "time": {"step", "scorer", "limited_by", "scored_step", "mfu_bound", "tokens_per_second",
              "steps", "run_seconds", "chip_hours"},
-    "round": {"prompts", "candidates", "sampling", "scoring", "step", "seconds", "chip_hours",
-              "fastest_sampling"},
+    "round": {"number", "prompts", "candidates", "against", "drawn", "steps", "sampling",
+              "opponents", "scoring", "step", "seconds", "chip_hours", "fastest_sampling",
+              "left_out"},
 }  # fmt: skip
 PLAIN = {"objective", "meshes", "compiled", "compiled_because", "fits", "spare", "search"}
 
@@ -101,7 +102,9 @@ def test_a_kind_alone_finds_its_smallest_slice():
 
 
 def test_settings_that_are_no_experiment_are_refused():
-    with pytest.raises(SettingsError, match=r"reads a paxo\.Experiment; this file's settings are"):
+    with pytest.raises(
+        SettingsError, match=r"or a paxo\.rounds\.SelfPlay; this file's settings are"
+    ):
         planning.plan(object(), "cpu")
 
 

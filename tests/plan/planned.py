@@ -7,7 +7,8 @@ from paxo.data.limits import TokenLimits
 from paxo.experiment import DataSettings, Experiment, MeshSettings, ModelSettings, TrainSettings
 from paxo.models.config import ModelConfig
 from paxo.plan.chips import Chip
-from paxo.plan.layout import first_layout, model_config
+from paxo.plan.kinds import first_layout
+from paxo.plan.layout import model_config
 from paxo.plan.shapes import make_run
 from paxo.plan.topology import Topology
 

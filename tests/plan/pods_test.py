@@ -8,9 +8,10 @@ import time
 import pytest
 
 from paxo.experiment import load, settings_of
-from paxo.plan import compiled, planning
+from paxo.plan import compiled, page, planning
 from paxo.plan.estimate import SPARE, estimate
-from paxo.plan.layout import first_layout, model_config
+from paxo.plan.kinds import first_layout
+from paxo.plan.layout import model_config
 from paxo.plan.shapes import make_run
 from paxo.plan.topology import parse_topology
 
@@ -19,11 +20,18 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
 ]
 
-FILE = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "dpo_hh.py"
+EXPERIMENTS = pathlib.Path(__file__).resolve().parents[2] / "experiments"
+FILE = EXPERIMENTS / "dpo_hh.py"
 # Full-parameter DPO: float32 weights and moments, products and the reference in bfloat16.
 FULL = (
     *("model.compute_dtype=bfloat16", "reference.dtype=bfloat16", "model.remat=full"),
     *("data.row_length=4096", "train.rows_per_batch=256", "mesh.data=1", "mesh.fsdp=-1"),
+)
+# Extragradient self-play of as large a model: pairs of answers of up to 1024 tokens.
+PLAYED = (
+    *("model.compute_dtype=bfloat16", "model.remat=full", "row_length=4096", "sample_batch=4"),
+    *("prompts.max_tokens=1024", "sampling.max_new_tokens=1024", "rounds.prompts_per_round=1024"),
+    *("mesh.data=1", "mesh.fsdp=-1"),
 )
 # Of one program: five minutes even on one core, counted as CPU seconds as other work may share it.
 CPU_SECONDS = 5 * 60
@@ -46,8 +54,9 @@ def planned(monkeypatch):
 
     monkeypatch.setattr(compiled, "_compiled", timed)
 
-    def made(changes, topology, model):
-        found = planning.plan(settings(*changes), topology, model=model, compiled=1)
+    def made(changes, topology, model, chosen=None):
+        chosen = settings(*changes) if chosen is None else chosen
+        found = planning.plan(chosen, topology, model=model, compiled=1)
         print(topology, model, *(f"{name} {seconds:.0f} s" for name, seconds in took))
         assert {name for name, _ in took} >= {*found["compiled"]}
         assert max(seconds for _, seconds in took) < CPU_SECONDS
@@ -69,6 +78,24 @@ def test_8b_fits_with_a_tenth_to_spare(planned, topology):
     kept = sum(made["memory"]["bytes"][name] for name in ("parameters", "moments"))
     assert made["compiled"]["step"]["arguments"] == pytest.approx(kept, rel=0.05)
     assert made["memory"]["peak"] == pytest.approx(made["compiled"]["step"]["peak"], rel=0.3)
+
+
+def test_a_round_of_extragradient_self_play_of_8b_fits_256_v5e_chips(planned):
+    chosen = settings_of(load(EXPERIMENTS / "egpo_prompts.py"), PLAYED)
+    made = planned((), "v5e:16x16", "llama3-8b", chosen)
+    programs, memory = made["compiled"], made["memory"]
+    assert {*programs} == {"step", "half step", "scorer", "sampler", "opponents"}
+    assert made["fits"]
+    assert made["spare"] >= SPARE
+    # The largest program is a half step, which has two states beside first policy and snapshot.
+    assert programs["half step"]["peak"] == max(p["peak"] for p in programs.values())
+    kept = sum(memory["bytes"][name] for name in ("parameters", "moments")) / 2
+    assert programs["step"]["arguments"] == pytest.approx(kept, rel=0.05)
+    assert programs["half step"]["outputs"] == pytest.approx(kept, rel=0.05)
+    assert memory["peak"] == pytest.approx(programs["half step"]["peak"], rel=0.3)
+    text = page.markdown(made)
+    assert "llama3-8b fits v5e:16x16 (256 chips)" in text
+    assert "100 rounds, each step taken twice, take at least" in text
 
 
 def test_the_smallest_v5p_slice_that_holds_70b_is_found_and_named(planned):

@@ -9,8 +9,10 @@ import pytest
 
 from paxo.experiment import MeshSettings
 from paxo.overrides import SettingsError, apply_overrides
-from paxo.plan.layout import abstract_mesh, first_layout, model_config, num_candidates
+from paxo.plan.kinds import first_layout
+from paxo.plan.layout import abstract_mesh, model_config
 from paxo.plan.memory import CATEGORIES, memory_of
+from paxo.plan.offline import num_candidates
 from paxo.plan.shapes import bytes_per_device, placement, relaid
 from paxo.scoring import default_chunk
 from paxo.training.step import check_batch
