@@ -241,7 +241,7 @@ class Online:
 
     @property
     def _roles(self) -> tuple[str, ...]:
-        return self.settings.method.roles(self.objective)
+        return self.settings.method.roles
 
     @property
     def _by_token(self) -> tuple[str, ...]:

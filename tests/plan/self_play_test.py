@@ -70,7 +70,7 @@ def test_every_method_has_a_batch_that_its_step_can_take(name):
     rounds = RoundSettings(1 if row.schedule.replay == "all" else 2, prompts_per_round=8)
     run = played(made_play(row, mesh=ONE, rounds=rounds, row_length=None))
     assert run.batch.where.shape[-1] == row.group_size
-    assert {*run.batch.fixed_logps} == {*row.roles(row.objective)}
+    assert {*run.batch.fixed_logps} == {*row.roles}
     check_batch(row.objective, run.batch, run.policy.heads, run.state.frozen)
 
 
