@@ -391,6 +391,9 @@ def test_mixture_with_another_architecture():
         ({"max_new_tokens": 0}, "sampling.max_new_tokens must be at least 1; got 0"),
         ({"min_new_tokens": 5}, "min_new_tokens must not exceed max_new_tokens; got 5 and 4"),
         ({"stop_sequences": ((),)}, "stop_sequences holds an empty sequence"),
+        ({"stop_sequences": ("ab",)}, "runs of token ids; got the text 'ab': tokenise it"),
+        ({"top_k": 1.5}, "sampling.top_k must be a whole number; got 1.5"),
+        ({"max_new_tokens": 4.0}, "sampling.max_new_tokens must be a whole number; got 4.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):

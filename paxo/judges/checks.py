@@ -108,7 +108,7 @@ def checked_preferences(
     [[[0.5, 0.25], [0.75, 0.5]]]
     """
     num_prompts, num = sizes
-    p = np.asarray(preferences)
+    p = _array(preferences, name)
     if p.shape != (num_prompts, num, num):
         raise JudgeError(
             f"judge {name!r}: expected shape {(num_prompts, num, num)}, [B, K, K] for "
@@ -209,7 +209,7 @@ def checked_scores(
     scores: Any, sizes: tuple[int, int], *, name: str = "judge", width: bool = False
 ) -> np.ndarray:
     """`[B, K]` scores, or `[B, K, D]` with `width`, without a NaN; raises JudgeError naming it."""
-    found = np.asarray(scores)
+    found = _array(scores, name)
     if found.dtype.name in ("bfloat16", "float16"):
         found = found.astype(np.float32)
     if not np.issubdtype(found.dtype, np.floating):
@@ -221,6 +221,15 @@ def checked_scores(
         b, k = np.argwhere(np.isnan(found))[0][:2]
         raise JudgeError(f"judge {name!r}, prompt {b}, completion {k}: expected a score; got nan")
     return found
+
+
+def _array(found: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(found)
+    except ValueError as error:
+        raise JudgeError(
+            f"judge {name!r}: expected an array; got lists of unequal lengths ({error})"
+        ) from error
 
 
 def _refuse(bad: np.ndarray, p: np.ndarray, name: str, expected: str) -> None:

@@ -178,7 +178,11 @@ class CodeJudge:
 
 
 def humaneval_problems(rows: Iterable[Mapping[str, Any]]) -> dict[str, CodeProblem]:
-    """prompt -> problem, of rows with HumanEval's columns.
+    r"""prompt -> problem, of rows with HumanEval's columns.
+
+    >>> row = {"prompt": "def f():\n", "test": "def check(f): assert f()", "entry_point": "f"}
+    >>> humaneval_problems([row])["def f():\n"].tests
+    'def check(f): assert f()\ncheck(f)'
 
     Chen et al. 2021, arXiv:2107.03374.
     """
@@ -206,7 +210,11 @@ def mbpp_problems(rows: Iterable[Mapping[str, Any]]) -> dict[str, CodeProblem]:
 
 
 def mbpp_prompt(row: Mapping[str, Any]) -> str:
-    """The task with the tests that the code shall pass: they name the function."""
+    r"""The task with the tests that the code shall pass: they name the function.
+
+    >>> mbpp_prompt({"prompt": "Write f.", "test_list": ["assert f()"]})
+    'Write f.\nYour code should pass these tests:\n\nassert f()'
+    """
     return f"{row['prompt']}\nYour code should pass these tests:\n\n" + "\n".join(row["test_list"])
 
 

@@ -50,6 +50,10 @@ class Endpoint:
 
     Raises:
         ValueError: for settings that cannot work.
+
+    >>> endpoint = Endpoint("http://localhost:8000/v1", "judge-7b", options={"seed": 0})
+    >>> sorted(endpoint.request([{"role": "user", "content": "Which is better?"}]))
+    ['max_tokens', 'messages', 'model', 'seed', 'temperature']
     """
 
     url: str

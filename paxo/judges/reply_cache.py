@@ -26,9 +26,9 @@ class ReplyCache:
     def __init__(self, path: str | pathlib.Path):
         self.path = str(path)
         self._lock = threading.Lock()
-        if self.path != ":memory:":
-            pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         with self._named():
+            if self.path != ":memory:":
+                pathlib.Path(self.path).parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
             with self._file:
                 self._file.execute(
@@ -60,7 +60,7 @@ class ReplyCache:
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise JudgeError(
                 f"the file of replies {self.path} cannot be used ({error}): name another, or "
                 "remove it if it holds none"

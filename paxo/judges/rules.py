@@ -45,6 +45,10 @@ class RuleJudge:
 
 
 def preferences_from_scores(scores: np.ndarray) -> np.ndarray:
-    """`[..., K] -> [..., K, K]` 1 where i scores above j, 0 where below, 1/2 where they tie."""
+    """`[..., K] -> [..., K, K]` 1 where i scores above j, 0 where below, 1/2 where they tie.
+
+    >>> preferences_from_scores(np.array([3.0, 1.0])).tolist()
+    [[0.5, 1.0], [0.0, 0.5]]
+    """
     ours, theirs = scores[..., :, None], scores[..., None, :]
     return np.where(ours == theirs, 0.5, (ours > theirs).astype(np.float64))

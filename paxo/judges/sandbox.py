@@ -105,6 +105,9 @@ class Sandbox:
 
     Raises:
         SandboxError: if the system has neither, or not what was asked for.
+
+    >>> Sandbox(Limits(seconds=20)).run("def f(x): return x", "assert f(1) == 2").status
+    'failed'
     """
 
     limits: Limits = Limits()
@@ -194,13 +197,19 @@ def _supervised(python: str, limits: Limits, *, namespaces: bool, program: str, 
             "processes": limits.processes,
         }
         script = str(pathlib.Path(__file__).with_name("contained.py"))
-        process = subprocess.Popen(
-            [python, "-I", "-S", "-B", script, "supervise"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                [python, "-I", "-S", "-B", script, "supervise"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SandboxError(
+                f"the interpreter of programs cannot be started ({error}): name another, "
+                "Sandbox(python=...)"
+            ) from error
         try:
             said, errors = process.communicate(
                 json.dumps(job).encode(), timeout=limits.seconds + GRACE_SECONDS

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, fetched, placed, remember
+from paxo.sampling.decoding import (
+    NO_TOKEN,
+    Models,
+    Stops,
+    check_prompts,
+    check_whole,
+    fetched,
+    placed,
+    remember,
+    token_runs,
+)
 from paxo.sampling.distribution import filtered
 from paxo.types import Array, Completions, Finish, Params, Policy, PromptBatch
 
@@ -56,8 +66,8 @@ class BeamConfig:
                     f"beams.{small} must not exceed {large}; got {getattr(self, small)} and "
                     f"{getattr(self, large)}"
                 )
-        sequences = tuple(tuple(int(i) for i in sequence) for sequence in self.stop_sequences)
-        object.__setattr__(self, "stop_sequences", sequences)
+        check_whole(self, "beams", (*least, "min_new_tokens", "top_k"))
+        object.__setattr__(self, "stop_sequences", token_runs(self.stop_sequences))
 
 
 class BeamResult(NamedTuple):

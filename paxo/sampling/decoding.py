@@ -33,7 +33,10 @@ class Stops:
             completion count. A text may be cut into tokens in more than one way: each is one.
 
     Raises:
-        ValueError: if there is neither, or a sequence is empty.
+        ValueError: if there is neither, or a sequence is empty or a text.
+
+    >>> Stops((2,), ((5, 6),)).finish(jnp.array([[1, 2], [5, 6], [6, 5]])).tolist()
+    [1, 2, 0]
     """
 
     ids: tuple[int, ...]
@@ -41,8 +44,7 @@ class Stops:
 
     def __post_init__(self):
         object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))
-        sequences = tuple(tuple(int(i) for i in sequence) for sequence in self.sequences)
-        object.__setattr__(self, "sequences", sequences)
+        object.__setattr__(self, "sequences", token_runs(self.sequences))
         if not self.ids and not self.sequences:
             raise ValueError("stop_ids is empty: name the tokens that end a completion")
         if not all(self.sequences):
@@ -83,6 +85,23 @@ class Stops:
             stops = jnp.isin(recent[..., -1], jnp.array(self.ids, jnp.int32))
             found = jnp.where(stops, Finish.STOP_TOKEN, found)
         return found
+
+
+def token_runs(sequences: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """Stop sequences as tuples, which may be static arguments; raises ValueError for a text."""
+    for sequence in sequences:
+        if isinstance(sequence, str) or any(isinstance(i, str) for i in sequence):
+            raise ValueError(
+                f"stop_sequences holds runs of token ids; got the text {sequence!r}: tokenise it"
+            )
+    return tuple(tuple(int(i) for i in sequence) for sequence in sequences)
+
+
+def check_whole(record: Any, prefix: str, names: Sequence[str]) -> None:
+    """Raises ValueError for a field that must be a whole number and is none."""
+    for name in names:
+        if not isinstance(value := getattr(record, name), int | np.integer):
+            raise ValueError(f"{prefix}.{name} must be a whole number; got {value!r}")
 
 
 def remember(recent: Array, token: Array) -> Array:

@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from paxo.sampling.decoding import NO_TOKEN, Models, Stops, check_prompts, fetched, placed, remember
+from paxo.sampling.decoding import (
+    NO_TOKEN,
+    Models,
+    Stops,
+    check_prompts,
+    check_whole,
+    fetched,
+    placed,
+    remember,
+    token_runs,
+)
 from paxo.sampling.distribution import draw, filtered, greedy, log_prob, uniforms
 from paxo.types import Array, Completions, Finish, Params, Policy, PromptBatch, Sampler
 
@@ -68,9 +78,9 @@ class SamplingConfig:
                 "sampling.min_new_tokens must not exceed max_new_tokens; got "
                 f"{self.min_new_tokens} and {self.max_new_tokens}"
             )
+        check_whole(self, "sampling", (*least, "top_k", "min_new_tokens"))
         # Lists come from settings files; the record is a static argument and has to be hashable.
-        sequences = tuple(tuple(int(i) for i in sequence) for sequence in self.stop_sequences)
-        object.__setattr__(self, "stop_sequences", sequences)
+        object.__setattr__(self, "stop_sequences", token_runs(self.stop_sequences))
 
 
 def make_sampler(
@@ -94,6 +104,16 @@ def make_sampler(
         ValueError: without any stop token or sequence: nothing would ever be finished. The sampler
             raises it for prompts that are empty or, with `max_new_tokens`, longer than the model's
             positions.
+
+    >>> from paxo.models.config import ModelConfig
+    >>> from paxo.models.policy import make_policy
+    >>> policy = make_policy(ModelConfig(vocab_size=16, hidden_size=8, num_layers=1, num_heads=2,
+    ...     num_kv_heads=1, head_dim=4, intermediate_size=16, max_positions=32))
+    >>> prompts = PromptBatch(jnp.array([[5, 6, 7], [8, 0, 0]]), jnp.array([3, 1]), jnp.arange(2))
+    >>> sampler = make_sampler(policy, SamplingConfig(max_new_tokens=4, num_candidates=3), (2,))
+    >>> params = jax.eval_shape(policy.init, jax.random.key(0))  # shapes alone
+    >>> jax.eval_shape(sampler, params, prompts, jax.random.key(1)).tokens.shape
+    (2, 3, 4)
     """
     stops = Stops(stop_ids, config.stop_sequences)
     run = functools.partial(_run, Models((policy,)), config, stops, mesh)

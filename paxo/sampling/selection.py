@@ -78,6 +78,10 @@ def rejection_sample(
     Raises:
         ValueError: if `beta` is not above 0 or `num` not above 0.
 
+    >>> rewards = jnp.array([[0.0, 9.0, 1.0]])
+    >>> rejection_sample(jax.random.key(0), rewards, jnp.arange(1), num=2, beta=0.01).indices
+    Array([[1, 2]], dtype=int32)
+
     RSO, "Statistical Rejection Sampling Improves Preference Optimization", arXiv:2309.06657,
     Algorithm 1.
     """
@@ -143,7 +147,14 @@ def _judged(rewards: Array, where: Array | None) -> Array:
 
 
 def take_candidates(completions: Completions, indices: Array) -> Completions:
-    """Chosen candidates `[B, n]` of each prompt, as from `best_of_n` or `rejection_sample`."""
+    """Chosen candidates `[B, n]` of each prompt, as from `best_of_n` or `rejection_sample`.
+
+    >>> tokens = jnp.array([[[5, 2], [6, 2]]])
+    >>> ones = jnp.ones_like(tokens)
+    >>> drawn = Completions(tokens, ones == 1, ones * 0.0, ones[..., 0])
+    >>> take_candidates(drawn, jnp.array([[1]])).tokens.tolist()
+    [[[6, 2]]]
+    """
 
     def take(x: Array) -> Array:
         return jnp.take_along_axis(x, indices.reshape(indices.shape + (1,) * (x.ndim - 2)), 1)

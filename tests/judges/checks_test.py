@@ -140,6 +140,13 @@ def test_text_is_no_probability():
         checked_preferences(np.full((1, 2, 2), "A"), (1, 2))
 
 
+def test_lists_of_unequal_lengths_are_named():
+    with pytest.raises(JudgeError, match="judge 'mine': expected an array; got lists of unequal"):
+        checked_preferences([[[0.5, 0.5], [0.5]]], (1, 2), name="mine")
+    with pytest.raises(JudgeError, match="judge 'mine': expected an array; got lists of unequal"):
+        checked_scores([[0.5, 0.5], [0.5]], (2, 2), name="mine")
+
+
 @pytest.mark.parametrize("num", [1, 2, 5])
 def test_answers_of_pairs_fill_both_orders_exactly(num):
     pairs = wanted_pairs(None, num)

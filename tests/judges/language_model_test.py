@@ -511,6 +511,8 @@ def test_a_file_that_holds_no_replies_is_named(tmp_path):
     (tmp_path / "r.db").write_text("not a database, and long enough to be told from an empty file")
     with pytest.raises(JudgeError, match=r"r\.db cannot be used"):
         ReplyCache(tmp_path / "r.db")
+    with pytest.raises(JudgeError, match=r"in/r\.db cannot be used"):
+        ReplyCache(tmp_path / "r.db" / "in" / "r.db")
 
 
 def test_threads_and_processes_share_a_file_and_the_first_reply_stays(tmp_path):

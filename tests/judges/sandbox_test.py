@@ -383,6 +383,11 @@ def test_a_supervisor_that_is_killed_is_no_verdict(monkeypatch):
         found.run("")
 
 
+def test_an_interpreter_that_is_not_there_is_named():
+    with pytest.raises(SandboxError, match=r"cannot be started .*'/nowhere/python'"):
+        Sandbox(python="/nowhere/python")
+
+
 @pytest.mark.parametrize(
     ("build", "says"),
     [
