@@ -69,10 +69,11 @@ def gradient_move(
     """
     if (eta is None) == (rate is None):
         raise ValueError(f"give either eta or rate; got eta={eta!r} and rate={rate!r}")
+    _check_positive(eta=eta, rate=rate)
 
     def move(params: Params, game: PreferenceGame, t: Array, key: Array, opponent: Array) -> Params:
         sampler = policy.logits(params) if on_policy else None
-        bound = loss if isinstance(loss, Objective) else loss(game, t)
+        bound = _bound(loss, game, t)
 
         def total(params: Params) -> Array:
             logits = policy.logits(params)
@@ -105,6 +106,8 @@ def play(
             `(game, t) -> weight`; 0 is self-play.
         policy: how parameters become logits.
     """
+    if isinstance(mix, int | float) and not 0 <= mix <= 1:
+        raise ValueError(f"mix must be a weight, in [0, 1]; got {mix}")
 
     def step(params, game, t, key, memory):
         opponent = policy.logits(params)
@@ -194,6 +197,7 @@ def mirror_descent(*, eta: Size, mix: bool = False) -> Update:
         eta: step; multiplicative weights where the game's beta is 0.
         mix: play against the mixture of weight eta * beta: Nash-MD.
     """
+    _check_positive(eta=eta)
 
     def step(logits, game, t, key, memory):
         size = _at(eta, t)
@@ -210,6 +214,7 @@ def optimistic_mirror_descent(*, eta: Size) -> Update:
 
     Zhang et al. 2025, arXiv:2502.16852. The memory holds the last win rates; at first 1/2 each.
     """
+    _check_positive(eta=eta)
 
     def step(logits, game, t, key, before):
         rates = game.win_rates(logits)
@@ -236,7 +241,7 @@ def fitted(loss: LossOf, *, newton_steps: int = 1) -> Callable[..., Array]:
     """
 
     def fit(snapshot: Array, game: PreferenceGame, t: Array, previous: Array | None = None):
-        bound = loss if isinstance(loss, Objective) else loss(game, t)
+        bound = _bound(loss, game, t)
         anchor = snapshot if previous is None else previous
 
         def total(logits: Array) -> Array:
@@ -276,6 +281,7 @@ def inpo(*, eta: Size) -> Update:
     Args:
         eta: the paper's, the *inverse* of the step; tau (t + 2) / 2 in its theorem.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(  # noqa: E731
         LOSSES["inpo"], eta=_at(eta, t), tau=game.beta
     )
@@ -290,6 +296,7 @@ def dno(*, eta: Size, newton_steps: int = 8) -> Update:
         eta: the paper's, the *inverse* of the step.
         newton_steps: of the fit.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["dno"], eta=_at(eta, t))  # noqa: E731
     fit = fitted(loss, newton_steps=newton_steps)
     return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
@@ -304,6 +311,7 @@ def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
         eta: step on win rates.
         newton_steps: of the fit.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["sppo"], eta=_at(eta, t))  # noqa: E731
     fit = fitted(loss, newton_steps=newton_steps)
     return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
@@ -317,6 +325,7 @@ def onpo(*, eta: Size) -> Update:
     Args:
         eta: step on win rates.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["onpo"], eta=_at(eta, t))  # noqa: E731
     fit = fitted(loss)
 
@@ -356,6 +365,7 @@ def comal(inner: Update, *, tau: float, every: int) -> Update:
         tau: KL weight of the inner games.
         every: inner steps between moves of the reference.
     """
+    _check_positive(tau=tau, every=every)
 
     def step(logits, game, t, key, memory):
         reference, kept = memory
@@ -368,7 +378,12 @@ def comal(inner: Update, *, tau: float, every: int) -> Update:
 
 
 def proximal_point(*, tau: float) -> Update:
-    """COMAL with exact inner solutions: the Nash policy of the game around the last one."""
+    """COMAL with exact inner solutions: the Nash policy of the game around the last one.
+
+    Args:
+        tau: KL weight of the inner games.
+    """
+    _check_positive(tau=tau)
 
     def step(logits, game, t, key, memory):
         beta = jnp.asarray(tau, game.beta.dtype)
@@ -394,6 +409,21 @@ def extrapolated(inner: Update, *, alpha: float) -> Update:
         return jax.nn.log_softmax(moved), (found, kept)
 
     return Update(step, lambda logits, game: (logits, inner.init(logits, game)))
+
+
+def _check_positive(**sizes: Any) -> None:
+    """Refuses numbers that no size can be; what is traced or scheduled is not looked at."""
+    for name, size in sizes.items():
+        if isinstance(size, int | float) and not 0 < size < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0; got {size}")
+
+
+def _bound(loss: LossOf, game: PreferenceGame, t: Array) -> Loss:
+    if isinstance(loss, Objective):
+        return loss
+    if not callable(loss):
+        raise TypeError(f"loss must be an objective or a function of game and t; got {loss!r}")
+    return loss(game, t)
 
 
 def _at(size: Size | None, t: Array) -> Any:

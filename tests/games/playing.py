@@ -91,15 +91,12 @@ def agrees(found, printed):
 
     Args:
         found: figures.
-        printed: the same in one text, as a table has them; `-` for one that is not compared, `~`
-            before one that hangs on the last bit of float64, which is compared to 25 %.
+        printed: the same in one text, as a table has them; `-` for one that is not compared.
     """
     cells = printed.split()
     assert len(cells) == len(found)
     for value, cell in zip(np.asarray(found, float), cells):
-        if cell.startswith("~"):
-            np.testing.assert_allclose(value, float(cell[1:]), rtol=0.25)
-        elif cell != "-":
+        if cell != "-":
             np.testing.assert_allclose(value, float(cell), rtol=0, atol=room(cell))
 
 

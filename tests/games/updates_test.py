@@ -11,10 +11,12 @@ from paxo.games.policies import game_around, neural_policy
 from paxo.games.solve import Update, solve
 from paxo.games.updates import (
     best_response_iteration,
+    comal,
     dno,
     egpo,
     gradient_move,
     inpo,
+    iterated,
     mirror_descent,
     nash_md,
     nash_md_pg,
@@ -23,6 +25,7 @@ from paxo.games.updates import (
     onpo,
     optimistic_mirror_descent,
     play,
+    proximal_point,
     sppo,
 )
 from paxo.objectives import objective
@@ -139,6 +142,21 @@ def test_a_move_needs_one_size():
         egpo(eta=0.1, rate=0.1)
 
 
+def test_sizes_that_no_method_can_have_are_refused():
+    for make in (mirror_descent, optimistic_mirror_descent, inpo, dno, sppo, onpo, egpo):
+        for wrong in (0.0, -0.1, float("nan")):
+            with pytest.raises(ValueError, match="eta must be a finite number above 0; got"):
+                make(eta=wrong)
+    with pytest.raises(ValueError, match="every must be a finite number above 0; got 0"):
+        comal(egpo(eta=0.1), tau=0.1, every=0)
+    with pytest.raises(ValueError, match="tau must be a finite number above 0; got 0"):
+        proximal_point(tau=0)
+    with pytest.raises(ValueError, match=r"mix must be a weight, in \[0, 1\]; got 1.5"):
+        nash_md(eta=0.1, mix=1.5)
+    with pytest.raises(TypeError, match="an objective or a function of game and t; got 'dpo'"):
+        step(iterated("dpo"))
+
+
 def test_any_objective_is_a_move():
     # DPO on the policy's own pairs stays where the Bradley–Terry rewards are best served.
     rewards, beta = jnp.array([1.0, 0.2, -0.5]), 0.4
@@ -170,6 +188,27 @@ def test_solve_keeps_the_iterations_asked_for_and_averages_policies_before_them(
 def test_solve_refuses_iterations_out_of_order_or_range(at, message):
     with pytest.raises(ValueError, match=message):
         solve(GAMES, mirror_descent(eta=0.5), 5, at=at)
+
+
+def test_solve_names_what_does_not_fit():
+    update = mirror_descent(eta=0.5)
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"num_steps must be an integer.*got {wrong}"):
+            solve(GAMES, update, wrong)
+    with pytest.raises(ValueError, match=r"params must have shape \[4, 6\].*got \[6\]"):
+        solve(GAMES, update, 5, params=jnp.zeros(6))
+    with pytest.raises(TypeError, match=r"must be an Update, as egpo\(eta=0.3\)"):
+        solve(GAMES, update.step, 5)
+    with pytest.raises(TypeError, match="got a dict: give `solve` and the update the same"):
+        solve(GAMES, egpo(rate=0.1), 5, policy=neural_policy())
+    lost = Update(lambda x, game, t, key, m: (jnp.where(t == 2, jnp.nan, x), m))
+    with pytest.raises(ValueError, match="policy is NaN at iteration 3: a step that is too large"):
+        solve(GAMES, lost, 4)
+
+
+def test_parameters_are_computed_in_the_games_precision():
+    rough = np.float32(POLICIES)
+    assert solve(GAMES, mirror_descent(eta=0.5), 2, params=rough).logits.dtype == jnp.float64
 
 
 def test_random_keys_differ_by_iteration_and_repeat_by_run():
