@@ -13,6 +13,7 @@ against whom. Gradient methods:
 Methods in rounds, each the minimiser of a loss on the snapshot's own pairs: inpo, onpo, sppo, dno,
 and iterated DPO or IPO.
 Where the minimiser has a closed form, `mirror_descent` and `optimistic_mirror_descent` are it.
+`from_row` plays the rows of `paxo.online` that train on pairs.
 
 `eta` is everywhere the step on win rates: a tabular gradient step at rate `eta beta N / 4` is a
 mirror step of `eta`. It may be a function of the iteration.
@@ -285,8 +286,7 @@ def inpo(*, eta: Size) -> Update:
     loss = lambda game, t: functools.partial(  # noqa: E731
         LOSSES["inpo"], eta=_at(eta, t), tau=game.beta
     )
-    fit = fitted(loss)
-    return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+    return _fit_of(loss, 1)
 
 
 def dno(*, eta: Size, newton_steps: int = 8) -> Update:
@@ -298,8 +298,7 @@ def dno(*, eta: Size, newton_steps: int = 8) -> Update:
     """
     _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["dno"], eta=_at(eta, t))  # noqa: E731
-    fit = fitted(loss, newton_steps=newton_steps)
-    return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+    return _fit_of(loss, newton_steps)
 
 
 def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
@@ -313,8 +312,7 @@ def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
     """
     _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["sppo"], eta=_at(eta, t))  # noqa: E731
-    fit = fitted(loss, newton_steps=newton_steps)
-    return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+    return _fit_of(loss, newton_steps)
 
 
 def onpo(*, eta: Size) -> Update:
@@ -327,13 +325,7 @@ def onpo(*, eta: Size) -> Update:
     """
     _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["onpo"], eta=_at(eta, t))  # noqa: E731
-    fit = fitted(loss)
-
-    def step(logits, game, t, key, anchor):
-        anchor = fit(logits, game, t, previous=anchor)
-        return fit(logits, game, t, previous=anchor), anchor
-
-    return Update(step, lambda logits, game: logits)
+    return _fit_of(loss, 1, optimistic=True)
 
 
 def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
@@ -347,12 +339,7 @@ def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
         loss: an objective of pairs, e.g. `objective("dpo", beta=1.0)`.
         newton_steps: of the fit; 1 is exact for IPO.
     """
-    fit = fitted(loss, newton_steps=newton_steps)
-
-    def step(logits, game, t, key, memory):
-        return fit(logits, game.replace(reference_logps=logits), t), memory
-
-    return Update(step)
+    return _snapshot_reference(_fit_of(loss, newton_steps))
 
 
 def comal(inner: Update, *, tau: float, every: int) -> Update:
@@ -367,14 +354,13 @@ def comal(inner: Update, *, tau: float, every: int) -> Update:
     """
     _check_positive(tau=tau, every=every)
 
-    def step(logits, game, t, key, memory):
-        reference, kept = memory
-        at = game.replace(reference_logps=reference, beta=jnp.asarray(tau, game.beta.dtype))
-        logits, kept = inner.step(logits, at, t, key, kept)
-        moves = (t + 1) % every == 0
-        return logits, (jnp.where(moves, jax.nn.log_softmax(logits), reference), kept)
+    moving = _moving_reference(inner, every)
 
-    return Update(step, lambda logits, game: (jax.nn.log_softmax(logits), inner.init(logits, game)))
+    def step(logits, game, t, key, memory):
+        at = game.replace(beta=jnp.asarray(tau, game.beta.dtype))
+        return moving.step(logits, at, t, key, memory)
+
+    return Update(step, moving.init)
 
 
 def proximal_point(*, tau: float) -> Update:
@@ -390,6 +376,95 @@ def proximal_point(*, tau: float) -> Update:
         return exact.nash_policy(game.replace(reference_logps=logits, beta=beta)), memory
 
     return Update(step)
+
+
+def from_row(row: Any, *, newton_steps: int = 0, **size: Any) -> Update:
+    """A row of `paxo.online.METHODS` in exact expectation: any record with its fields will do.
+
+    Its objective is minimised on what it draws, against its opponent, by one gradient step a round
+    or, as its theory has it, to the end; its reference and look-ahead move by its schedule. Of a
+    pair each verdict counts as often as the judge gives it, and a row that explores draws from the
+    uniform policy.
+
+    Args:
+        row: e.g. `paxo.online.method("egpo", beta=0.1)`; its objective keeps its own numbers, so
+            give it the game's KL weight.
+        newton_steps: of a round's fit, see `fitted`; 0 takes one step of gradient descent.
+        **size: of that step, `eta` or `rate`.
+
+    Raises:
+        ValueError: for rows that train on rewards, on completions of a data set, of the reference
+            or of an average, or on a choice among more candidates than it trains on; for no fit
+            where the loss measures from the round's snapshot.
+
+    >>> from paxo.games.builders import rock_paper_scissors
+    >>> from paxo.games.solve import solve
+    >>> from paxo.online import method
+    >>> game = rock_paper_scissors(beta=0.1, reference_logits=jnp.array([1.0, 0.0, 0.0]))
+    >>> played = solve(game, from_row(method("egpo", beta=0.1), eta=0.3), 300, at=(300,))
+    >>> bool(exact.duality_gap(game, played.logits[-1]) < 1e-5)
+    True
+    """
+    schedule, (draw, *others) = row.schedule, row.draws
+    opponent = None if row.opponent is None else row.opponent.source
+    plain = draw.source == "policy" and not others and row.group_size == row.num_candidates <= 2
+    if row.rewards or not row.judged or not plain or opponent not in (None, "policy", "mixture"):
+        raise ValueError(
+            f"row {row.name!r} is more than pairs of the policy, judged: it cannot be played in "
+            "exact expectation. Rows that choose among K take draws=(2,), where they have one draw"
+        )
+    if schedule.hyper_parameters or schedule.replay or schedule.average:
+        raise ValueError(f"row {row.name!r} has a schedule that depends on earlier rounds' data")
+    if "previous" in row.objective.roles and not newton_steps:
+        raise ValueError(
+            f"row {row.name!r} measures from its snapshot, where one step says little: give "
+            "newton_steps=8 (1 is exact for losses that are quadratic in margins)"
+        )
+    if newton_steps:
+        update = _fit_of(row.objective, newton_steps, optimistic=schedule.optimistic)
+    else:
+        move = gradient_move(row.objective, on_policy=draw.is_plain, **size)
+        mix = row.mix if opponent == "mixture" else 0.0
+        update = extragradient(move) if schedule.extragradient else play(move, mix=mix)
+    if schedule.reference == "snapshot":
+        update = _snapshot_reference(update)
+    elif schedule.reference_every:
+        update = _moving_reference(update, schedule.reference_every)
+    return extrapolated(update, alpha=schedule.extrapolation) if schedule.extrapolation else update
+
+
+def _fit_of(loss: LossOf, newton_steps: int, *, optimistic: bool = False) -> Update:
+    """One fit a round; or two, of the anchor from itself and of the policy from the new anchor."""
+    fit = fitted(loss, newton_steps=newton_steps)
+    if not optimistic:
+        return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+
+    def step(logits, game, t, key, anchor):
+        anchor = fit(logits, game, t, previous=anchor)
+        return fit(logits, game, t, previous=anchor), anchor
+
+    return Update(step, lambda logits, game: logits)
+
+
+def _snapshot_reference(inner: Update) -> Update:
+    """Each round's reference is the policy that it starts from."""
+
+    def step(logits, game, t, key, memory):
+        return inner.step(logits, game.replace(reference_logps=logits), t, key, memory)
+
+    return Update(step, inner.init)
+
+
+def _moving_reference(inner: Update, every: int) -> Update:
+    """The reference becomes the policy after every so many rounds."""
+
+    def step(logits, game, t, key, memory):
+        reference, kept = memory
+        logits, kept = inner.step(logits, game.replace(reference_logps=reference), t, key, kept)
+        moves = (t + 1) % every == 0
+        return logits, (jnp.where(moves, jax.nn.log_softmax(logits), reference), kept)
+
+    return Update(step, lambda logits, game: (jax.nn.log_softmax(logits), inner.init(logits, game)))
 
 
 def extrapolated(inner: Update, *, alpha: float) -> Update:

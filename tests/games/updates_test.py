@@ -14,6 +14,7 @@ from paxo.games.updates import (
     comal,
     dno,
     egpo,
+    from_row,
     gradient_move,
     inpo,
     iterated,
@@ -29,6 +30,7 @@ from paxo.games.updates import (
     sppo,
 )
 from paxo.objectives import objective
+from paxo.online import method
 from tests.games.playing import close, gaps, golden, method_gaps, mirror_gaps
 
 KEY = jax.random.key(0)
@@ -165,6 +167,56 @@ def test_any_objective_is_a_move():
     move = gradient_move(objective("dpo", beta=beta), rate=5.0, on_policy=True)
     played = solve(game, play(move), 3000, at=(0, 3000))
     close(jax.nn.log_softmax(played.logits[-1]), best, 1e-6)
+
+
+# Rows of `paxo.online`, which the games do not know: they are passed in.
+
+
+def by_row(name, game=GAMES, *, newton_steps=0, size=None, **settings):
+    update = from_row(method(name, **settings), newton_steps=newton_steps, **(size or {}))
+    return step(update, game=game)[0]
+
+
+def test_rows_of_self_play_are_played_in_exact_expectation():
+    size = {"eta": 0.4}
+    half = exact.mirror_step(GAMES, POLICIES, eta=0.4)
+    mixture = exact.mixture(POLICIES, GAMES.reference_logps, 0.125)
+    for name, settings, opponent in (
+        ("egpo", {"beta": 0.3}, half),
+        ("nash_md", {"beta": 0.3}, mixture),  # the row's mix
+    ):
+        expected = exact.mirror_step(GAMES, POLICIES, eta=0.4, opponent=opponent)
+        close(by_row(name, size=size, **settings), expected)
+    moved = jax.nn.log_softmax(POLICIES + 0.05 * covariances(mixture))
+    close(by_row("nash_md_pg", size={"rate": 0.05}, tau=0.3), moved)
+    inpo_round = by_row("inpo_pairs", newton_steps=1, eta=0.9, tau=0.3)
+    close(inpo_round, exact.mirror_step(GAMES, POLICIES, eta=1 / 0.9), 1e-11)
+
+
+def test_rows_move_their_references_and_look_ahead_by_their_schedules():
+    comal_row = method("comal", eta=0.9, tau=0.3, reference_every=2)
+    played = solve(GAMES, from_row(comal_row, newton_steps=1), 5)
+    closed = solve(GAMES, comal(mirror_descent(eta=1 / 0.9), tau=0.3, every=2), 5)
+    close(jax.nn.softmax(played.logits), jax.nn.softmax(closed.logits), 1e-9)
+    first_of_onpo = step(optimistic_mirror_descent(eta=0.4))[0]
+    close(by_row("onpo", newton_steps=1, eta=0.4), first_of_onpo, 1e-10)
+    plain = from_row(method("iterative_dpo", beta=1.0, draws=(2,)), newton_steps=8)
+    ahead = from_row(method("apo", beta=1.0, draws=(2,), extrapolation=0.5), newton_steps=8)
+    round_ = jax.jit(lambda x: jax.nn.log_softmax(plain.step(x, GAMES, 0, KEY, ())[0]))
+    first = round_(GAMES.reference_logps)
+    second, fast = round_(first), solve(GAMES, ahead, 3).logits
+    # From the second round on half a round further than it led, and the next one starts there.
+    close(jax.nn.log_softmax(fast[2]), jax.nn.log_softmax(second + 0.5 * (second - first)), 1e-9)
+    third = round_(fast[2])
+    close(jax.nn.log_softmax(fast[3]), jax.nn.log_softmax(third + 0.5 * (third - second)), 1e-9)
+
+
+def test_rows_that_are_more_than_judged_pairs_are_refused():
+    for name in ("grpo", "inpo", "selm", "xpo", "ipo_md", "nash_ema_pg", "self_rewarding"):
+        with pytest.raises(ValueError, match=f"row '{name}' is more than pairs of the policy"):
+            from_row(method(name), rate=0.1)
+    with pytest.raises(ValueError, match=r"row 'dno' measures from its.*newton_steps=8"):
+        from_row(method("dno"), rate=0.1)
 
 
 # `solve`.
