@@ -117,7 +117,7 @@ def test_didactic_bandit_has_its_exact_figures():
     assert reference.sum() == pytest.approx(1, rel=1e-12)
     # Without a KL term the best policy is the peak, and regret the reward that is missed.
     np.testing.assert_array_equal(jnp.argmax(bandit.best_policy, -1), [70, 20, 70, 70])
-    missed = bandit.regret(jnp.log(reference))
+    missed = jax.jit(bandit.regret)(jnp.log(reference))
     np.testing.assert_allclose(missed, 1 - bandit.rewards @ reference, rtol=1e-12)
     with pytest.raises(ValueError, match="beta must be at least 0; got -1"):
         builders.didactic_bandit(beta=-1)

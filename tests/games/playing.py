@@ -67,6 +67,7 @@ def gaps(game, update, at, *, average=False, **options):
     return np.asarray(found).reshape(len(found), -1).mean(-1)[kept]
 
 
+@functools.cache
 def method_gaps(name, game, at, *, eta, mix=0.0):
     """Those of a method of `METHODS`."""
     sizes = jnp.asarray([eta, mix], game.beta.dtype)

@@ -36,6 +36,8 @@ def test_a_cell_leaves_room_for_its_own_rounding_only():
 
 # The authors' steps: T2 and T5.
 
+TO_THE_LAST = (0, 100, 1000, 10_000, 30_000, 100_000)
+
 
 @pytest.mark.parametrize(
     ("name", "mix", "printed"),
@@ -79,7 +81,7 @@ def test_table_of_exact_methods_at_a_hundredth(name, mix, printed):
     ],
 )
 def test_table_of_exact_methods_at_a_thousandth(name, mix, printed):
-    at = (0, 100, 1000, 10_000, 30_000, 100_000)[: len(printed.split())]
+    at = TO_THE_LAST[: len(printed.split())]
     agrees(method_gaps(name, golden(0.001), at, eta=0.08, mix=mix), printed)
 
 
@@ -146,7 +148,7 @@ HANGING = {  # KL weight, constant step or None for 2 / (beta (t + 2)), form, ce
     "nash_md, decaying": (0.001, None, "mixed", "- 7.0e-1 - - ~4.5e-1 ~2.8e-1 ~7.0e-2"),
     "inpo, decaying": (0.001, None, "", "- 6.4e-1 - - ~4.2e-1 ~2.9e-1 ~5.8e-2"),
     "online_ipo_v2": (0.001, 0.08, "v2", "3.2e-1 5.1e-1 - - 6.0e-1 ~6.4e-1 ~5.6e-1"),
-    "multiplicative weights": (0.0, 1.0, "", "3.7e-1 5.5e-1 - - ~7.0e-1 ~7.4e-1"),
+    "multiplicative weights": (0.0, 1.0, "", "3.7e-1 5.5e-1 - - ~7.0e-1 - ~7.4e-1"),
 }
 
 
@@ -183,10 +185,12 @@ def test_fifteen_cells_hang_on_the_last_bit(last):
     run = solve(game, SIDE_BY_SIDE, at[-1], at=at, params=reference, memory=rows)
     hanging = 0
     for k, (beta, constant, _, printed) in enumerate(HANGING.values()):
+        cells = printed.split()
+        assert len(cells) == len(ROUNDS)
         gap = exact.duality_gap(game.replace(beta=beta), run.logits[:, :, k])
         found = np.asarray(gap).mean(-1)  # [rounds, 8]
         assert np.ptp(found[0]) < 1e-8  # not yet
-        for t, several, cell in zip(ROUNDS, found, printed.split()):
+        for t, several, cell in zip(ROUNDS, found, cells):
             middle, spread = several.mean(), several.std(ddof=1)
             if t <= last and cell.startswith("~"):
                 hanging += 1
@@ -219,6 +223,8 @@ def test_egpo_contracts_by_the_square_of_its_bound_and_never_above_it(beta, eta)
     slope, _ = np.polyfit(window, np.log(found[window]), 1)
     close(np.exp(slope), rate, 5e-3)
     if beta == 0.1:
+        published = (0.9189, 0.9207) if eta == 0.4 else (0.9346, 0.9359)
+        close([np.exp(slope).min(), np.exp(slope).max()], published, 3e-4)
         # Step by step: the mean gap always, and with the step that is proved every game. With 0.4
         # two of 1,400 steps of single games are 0.0002 outside, *faster*: 0.9164 in game 2 at 60
         # and 61, where the turning directions, which die out sooner, are not yet gone.
@@ -261,14 +267,16 @@ def test_float32_reproduces_float64():
         ("online_ipo_v1", 0.1, 0.4, at, 1e-7),
         ("egpo", 0.1, 0.4, at, 1e-7),
         ("egpo", 0.01, 0.8, at, 1e-7),
-        ("egpo", 0.001, 0.08, (100_000,), 2e-6),
+        ("egpo", 0.001, 0.08, TO_THE_LAST, 2e-6),
     )
     wanted = [method_gaps(name, golden(b), at, eta=eta) for name, b, eta, at, _ in runs]
     with jax.enable_x64(False):
         found = [method_gaps(name, golden(b), at, eta=eta) for name, b, eta, at, _ in runs]
-    for single, double, (*_, room_) in zip(found, wanted, runs):
+    for single, double, (*_, at_, room_) in zip(found, wanted, runs):
         assert single.dtype == np.float32
-        np.testing.assert_allclose(single, double, rtol=0, atol=room_)
+        # At the smallest KL weight T8 is about the end point alone.
+        of = -1 if at_ is TO_THE_LAST else slice(None)
+        np.testing.assert_allclose(single[of], double[of], rtol=0, atol=room_)
 
 
 # B.3. Schedules on the games of numpy's seed.
