@@ -69,11 +69,11 @@ def test_a_game_goes_through_jit_vmap_and_tree_map_without_being_checked_again()
 
 def test_games_are_indexed_and_walked_through_as_far_as_there_are_any():
     games = builders.numpy_game(0, 4, beta=0.2, num_games=3)
-    assert [game.batch_shape for game in games] == [(), (), ()]
     np.testing.assert_array_equal(games[-1].preferences, games[2].preferences)
     for index in (3, -4, (0, 0)):  # jax would take the last one, or an action
         with pytest.raises(IndexError):
             games[index]
+    assert [game.batch_shape for game in games] == [(), (), ()]  # an end, because of that error
     with pytest.raises(IndexError):
         games[0][0]
     taken = jax.jit(lambda i: games[i].preferences)(1)  # an index that is not known yet
