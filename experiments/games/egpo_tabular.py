@@ -10,7 +10,7 @@ On a CPU, 36 seconds of CPU time. Mean gaps with the authors' step after 1,000, 
 iterations at beta 0.1, 0.01 and 0.001: EGPO 7e-31, 9e-31, 2.5e-8; online_ipo_v1 7e-31, 5.8e-2,
 9.1e-2; online_ipo_v2 1.1e-6, 2.0e-1, 5.6e-1; Nash-MD 6.7e-5, 6.7e-2, 8.9e-2; by policy gradient
 1.4e-2, 3.0e-1, 3.2e-1. With the step 1 / (beta + 3) EGPO is at 1e-16 after 5,000 iterations of
-beta 0.01 and at 2e-26 after 100,000 of beta 0.001, where all others are above 6e-2.
+beta 0.01 and at 2e-26 after 100,000 of beta 0.001, where all others are above 5e-2.
 """
 
 import dataclasses

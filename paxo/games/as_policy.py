@@ -120,6 +120,11 @@ def pair_batch(
         every = jnp.stack(jnp.meshgrid(jnp.arange(n), jnp.arange(n), indexing="ij"), -1)
         actions = jnp.broadcast_to(every.reshape(1, -1, 2), (games, n * n, 2))
     actions = jnp.asarray(actions, jnp.int32)
+    if actions.ndim != 3 or actions.shape[0] != games:
+        raise ValueError(
+            f"actions must have shape [{games}, M, K], M groups of each game; got "
+            f"{list(actions.shape)}"
+        )
     groups, k = actions.shape[1:]
     rows = games * groups
     prompt = jnp.repeat(jnp.arange(games, dtype=jnp.int32), groups)

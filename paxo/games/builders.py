@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paxo.games.exact import kl_divergence
 from paxo.games.preference_game import PreferenceGame, mirrored
 from paxo.numerics import Array
 
@@ -29,6 +30,10 @@ def bradley_terry(
         reference_logits: `[..., N]`; uniform where None.
     """
     rewards = jnp.asarray(rewards, float)
+    if not rewards.ndim:
+        raise ValueError(
+            f"rewards must have shape [..., N], one an action; got the number {rewards}"
+        )
     differences = rewards[..., :, None] - rewards[..., None, :]
     return _game(jax.nn.sigmoid(differences), reference_logits, beta)
 
@@ -47,8 +52,12 @@ def cyclic(
         win: probability with which an action beats the next ones, in [0, 1].
         reference_logits: `[N]`; uniform where None.
     """
-    if num_actions < 3:
-        raise ValueError(f"num_actions of a cycle must be at least 3; got {num_actions}")
+    if not isinstance(num_actions, int) or num_actions < 3:
+        raise ValueError(
+            f"num_actions of a cycle must be an integer of at least 3; got {num_actions}"
+        )
+    if not isinstance(win, jax.core.Tracer) and not 0 <= win <= 1:
+        raise ValueError(f"win must be a probability, in [0, 1]; got {win}")
     ahead = (jnp.arange(num_actions) - jnp.arange(num_actions)[:, None]) % num_actions
     first = (ahead > 0) & (2 * ahead < num_actions)
     opposite = (ahead == 0) | (2 * ahead == num_actions)
@@ -143,15 +152,19 @@ class Bandit(NamedTuple):
 
     @property
     def best_policy(self) -> Array:
-        """`[..., N]` log-probs of the policy with the highest value, reference^1 exp(R / beta)."""
-        return jax.nn.log_softmax(self.reference_logps + self.rewards / self.beta)
+        """`[..., N]` log-probs of the policy with the highest value, reference exp(R / beta).
+
+        For beta = 0 all on the first action with the highest reward.
+        """
+        soft = self.reference_logps + self.rewards / jnp.where(self.beta > 0, self.beta, 1)
+        best = jnp.argmax(self.rewards, -1, keepdims=True) == jnp.arange(self.rewards.shape[-1])
+        hard = jnp.where(best, 0.0, -jnp.inf)
+        return jnp.where(self.beta > 0, jax.nn.log_softmax(soft), hard)
 
     def value(self, logits: Array) -> Array:
         """`[...]` expected reward minus beta times the KL to the reference."""
-        logps = jax.nn.log_softmax(logits)
-        return jnp.sum(
-            jnp.exp(logps) * (self.rewards - self.beta * (logps - self.reference_logps)), -1
-        )
+        earned = jnp.sum(jax.nn.softmax(logits) * self.rewards, -1)
+        return earned - self.beta * kl_divergence(logits, self.reference_logps)
 
     def regret(self, logits: Array) -> Array:
         """`[...]` how far the policy's value lies below the best one's."""
@@ -194,6 +207,8 @@ def didactic_bandit(*, beta: float = 0.0) -> Bandit:
     Args:
         beta: KL weight of `value`; the paper has none.
     """
+    if beta < 0:
+        raise ValueError(f"beta must be at least 0; got {beta}")
     edges = np.linspace(-1, 1, 101)[1:-1]
     below = 0.5 + np.arctan((np.arctanh(edges) + 0.7) / 0.4) / np.pi
     bins = np.diff(np.concatenate([[0.0], below, [1.0]]))

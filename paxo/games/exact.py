@@ -53,6 +53,7 @@ def payoff(game: PreferenceGame, first: Array, second: Array) -> Array:
     >>> round(float(payoff(game, jnp.array([40.0, 0.0]), jnp.array([0.0, 40.0]))), 4)
     0.7311
     """
+    first, second = game.checked("first", first), game.checked("second", second)
     wins = jnp.sum(jax.nn.softmax(first) * game.win_rates(second), -1)
     to_reference = lambda x: kl_divergence(x, game.reference_logps)  # noqa: E731
     return wins - game.beta * (to_reference(first) - to_reference(second))
@@ -81,6 +82,7 @@ def duality_gap(game: PreferenceGame, logits: Array) -> Array:
 
     Zhou et al. 2025, arXiv:2503.08942, and Munos et al. 2023, arXiv:2312.00886.
     """
+    logits = game.checked("logits", logits)
     rates = game.win_rates(logits)
     beta = jnp.where(game.beta > 0, game.beta, 1)
     regularised = beta * kl_divergence(logits, game.reference_logps + rates / beta)
@@ -90,7 +92,7 @@ def duality_gap(game: PreferenceGame, logits: Array) -> Array:
 @jax.jit
 def unregularised_gap(game: PreferenceGame, logits: Array) -> Array:
     """`[...]` the duality gap of the same preferences without a KL term."""
-    return 2 * (jnp.max(game.win_rates(logits), -1) - 0.5)
+    return 2 * (jnp.max(game.win_rates(game.checked("logits", logits)), -1) - 0.5)
 
 
 @jax.jit
@@ -113,6 +115,7 @@ def mirror_step(
         eta: step on win rates, in nats per win; 1/beta goes all the way to the best response.
         opponent: `[..., N]` logits; the policy itself where None.
     """
+    logits = game.checked("logits", logits)
     rates = game.win_rates(logits if opponent is None else opponent)
     pull = eta * game.beta
     logps = jax.nn.log_softmax(logits)
@@ -198,7 +201,7 @@ def rotation_rate(game: PreferenceGame, logits: Array) -> Array:
     $\pm i\omega$ and 0. At most 1/2; 0 for preferences that one reward explains there to first
     order.
     """
-    root = jnp.sqrt(jax.nn.softmax(logits))
+    root = jnp.sqrt(jax.nn.softmax(game.checked("logits", logits)))
     skew = root[..., :, None] * (game.preferences - 0.5) * root[..., None, :]
     # S = diag(root) (1 - root root^T) has S S^T = diag p - p p^T: S^T (P - 1/2) S has the same
     # eigenvalues and is antisymmetric, so that its largest singular value is their radius.

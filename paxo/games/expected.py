@@ -45,6 +45,7 @@ def expected_loss(
     candidates: int = 2,
     hard_labels: bool = False,
     extras: Mapping[str, Array] | None = None,
+    group_extras: Mapping[str, Array] | None = None,
     key: Array | None = None,
 ) -> Array:
     r"""`[...]` mean of a loss over all groups of K actions, each drawn from `sampler`.
@@ -72,16 +73,21 @@ def expected_loss(
             says, instead of probabilities; for K = 2.
         extras: name -> `[..., N]` of each action, for any other array that the loss names; by token
             `[..., N, 1]`. `[N, ...]` is the same for all games.
+        group_extras: name -> `[..., N, ..., N]` of each group, K axes in the order in which its
+            actions stand, and more where the loss has more; for arrays that belong to no one
+            action, such as flip rates. `[N, ..., N]` is the same for all games.
         key: random key of losses that draw.
 
     Raises:
-        ValueError: if nobody gives an array that the loss cannot do without, for hard labels of
-            other groups than pairs, or for a sampler where groups cannot be weighted.
+        ValueError: if nobody gives an array that the loss cannot do without, for logits that do not
+            fit the game, for hard labels of other groups than pairs, or for a sampler where groups
+            cannot be weighted.
     """
     if hard_labels and candidates != 2:
         raise ValueError(f"hard_labels=True is for pairs; got candidates={candidates}")
-    samplers = _samplers(sampler, candidates)
-    parts = _parts(game, logits, samplers, opponent, previous, reference, extras)
+    parts = _parts(
+        game, logits, sampler, opponent, previous, reference, extras, group_extras, candidates
+    )
 
     def on_one(parts: dict[str, Any]) -> Array:
         preferences, against = parts["preferences"], jax.nn.softmax(parts["opponent"])
@@ -126,6 +132,7 @@ def sampled_loss(
     reference: Array | None = None,
     candidates: int = 2,
     extras: Mapping[str, Array] | None = None,
+    group_extras: Mapping[str, Array] | None = None,
 ) -> Array:
     r"""`[...]` mean of a loss over drawn groups: without bias, what `expected_loss` gives.
 
@@ -145,9 +152,13 @@ def sampled_loss(
         reference: see there.
         candidates: K.
         extras: see there.
+        group_extras: see there.
     """
-    samplers = _samplers(sampler, candidates)
-    parts = _parts(game, logits, samplers, opponent, previous, reference, extras)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+    parts = _parts(
+        game, logits, sampler, opponent, previous, reference, extras, group_extras, candidates
+    )
     for_draws, for_loss = jax.random.split(key)
     shape = (*game.batch_shape, num_samples, candidates + 2)
     parts["uniform"] = jax.random.uniform(for_draws, shape, parts["policy"].dtype)
@@ -189,6 +200,10 @@ class _Groups(Protocol):
         """`[N, N] -> [groups, K, K]`."""
         ...
 
+    def of_groups(self, x: Array) -> Array:
+        """`[N, ..., N, ...] -> [groups, ...]`, the first K axes in the order of the actions."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class _AllGroups:
@@ -213,6 +228,9 @@ class _AllGroups:
             for i in places
         ]
         return jnp.stack(rows, -2)
+
+    def of_groups(self, x: Array) -> Array:
+        return x
 
     def weights(self, logps: Sequence[Array]) -> Array:
         """`[N, ..., N]` probability of each group, its candidates drawn independently."""
@@ -246,9 +264,14 @@ class _DrawnGroups:
         own = jnp.eye(self.index.shape[-1], dtype=bool)
         return jnp.where(own, 0.5, preferences[self.index[:, :, None], self.index[:, None, :]])
 
+    def of_groups(self, x: Array) -> Array:
+        return x[tuple(self.index.T)]
+
 
 def _samplers(sampler: Any, candidates: int) -> list[Array | None]:
     """One for each candidate."""
+    if candidates < 1:
+        raise ValueError(f"candidates must be at least 1; got {candidates}")
     if sampler is None or hasattr(sampler, "shape"):
         return [sampler] * candidates
     if len(sampler) != candidates:
@@ -259,34 +282,52 @@ def _samplers(sampler: Any, candidates: int) -> list[Array | None]:
     return list(sampler)
 
 
-def _parts(game, logits, samplers, opponent, previous, reference, extras) -> dict[str, Any]:
+def _parts(
+    game, logits, sampler, opponent, previous, reference, extras, group_extras, candidates
+) -> dict[str, Any]:
     """Everything that has one value for each game, with all leading axes of the games."""
-    logits = at_least_float32(logits)
-    spread = lambda x: jnp.broadcast_to(x, (*game.batch_shape, game.num_actions))  # noqa: E731
-    fixed = lambda x: jax.lax.stop_gradient(spread(x))  # noqa: E731
+    lead = (*game.batch_shape, game.num_actions)
+    logits = at_least_float32(game.checked("logits", logits))
+    if logits.ndim > len(lead):
+        raise ValueError(
+            f"logits must have shape {list(lead)}, one policy a game; got {list(logits.shape)}: "
+            "jax.vmap over further axes"
+        )
+
+    def fixed(name: str, x: Array) -> Array:
+        return jax.lax.stop_gradient(jnp.broadcast_to(game.checked(name, x), lead))
+
+    uniform = jnp.zeros(game.num_actions, logits.dtype)
     parts = {
         "preferences": game.preferences,
-        "policy": spread(logits),
+        "policy": jnp.broadcast_to(logits, lead),
         "sampler": [
-            fixed(jnp.zeros(game.num_actions, logits.dtype) if x is None else x) for x in samplers
+            fixed("sampler", uniform if x is None else x) for x in _samplers(sampler, candidates)
         ],
-        "opponent": fixed(logits if opponent is None else opponent),
-        "reference": fixed(game.reference_logps if reference is None else reference),
-        "extras": {name: _by_action(game, name, x) for name, x in (extras or {}).items()},
+        "opponent": fixed("opponent", logits if opponent is None else opponent),
+        "reference": fixed("reference", game.reference_logps if reference is None else reference),
+        "extras": _for_games(game, "extras", extras, 1),
+        "group_extras": _for_games(game, "group_extras", group_extras, candidates),
     }
-    return parts if previous is None else parts | {"previous": fixed(previous)}
+    return parts if previous is None else parts | {"previous": fixed("previous", previous)}
 
 
-def _by_action(game: PreferenceGame, name: str, x: Any) -> Array:
-    x, lead = jnp.asarray(x), (*game.batch_shape, game.num_actions)
-    if x.shape[: len(lead)] == lead:
-        return x
-    if x.shape[:1] != lead[-1:]:
-        raise ValueError(
-            f"extras[{name!r}] must have shape {list(lead)} or [{lead[-1]}], one value an action "
-            f"(and more axes by token); got {list(x.shape)}"
-        )
-    return jnp.broadcast_to(x, (*game.batch_shape, *x.shape))
+def _for_games(game: PreferenceGame, what: str, given: Any, places: int) -> dict[str, Array]:
+    """Values of actions, or groups of that many of them, with all leading axes of the games."""
+    own = (game.num_actions,) * places
+    lead, found = (*game.batch_shape, *own), {}
+    for name, x in (given or {}).items():
+        x = jnp.asarray(x)
+        if x.shape[: len(lead)] != lead:
+            if x.shape[:places] != own:
+                raise ValueError(
+                    f"{what}[{name!r}] must have shape {list(lead)} or {list(own)}, one value "
+                    f"{'an action' if what == 'extras' else 'a group'} (and more axes where the "
+                    f"loss has more); got {list(x.shape)}"
+                )
+            x = jnp.broadcast_to(x, (*game.batch_shape, *x.shape))
+        found[name] = x
+    return found
 
 
 def _over_games(function: Callable[[dict[str, Any]], Array], parts: Any, batch_shape: Any) -> Array:
@@ -296,6 +337,11 @@ def _over_games(function: Callable[[dict[str, Any]], Array], parts: Any, batch_s
 
 
 def _terms(loss: Loss) -> tuple[Term, ...]:
+    if not callable(loss) and not isinstance(loss, Objective):
+        raise TypeError(
+            f"loss must be an objective, as objective('dpo', beta=0.1), or a loss function; got "
+            f"{loss!r}"
+        )
     return loss.terms if isinstance(loss, Objective) else (Term("loss", loss, {}),)
 
 
@@ -342,6 +388,8 @@ def _call(term: Term, parts: dict[str, Any], groups: _Groups, given: Mapping[str
         providers[f"{role}_token_logps"] = lambda x=x: groups.values(x)[..., None]
     for name, x in parts["extras"].items():
         providers[name] = lambda x=x: groups.values(x)
+    for name, x in parts["group_extras"].items():
+        providers[name] = lambda x=x: groups.of_groups(x)
     if term.stateful:
         wanted = inspect.signature(term.loss.init_state).parameters
         hyper = {name: x for name, x in term.hyper_parameters.items() if name in wanted}
@@ -351,7 +399,8 @@ def _call(term: Term, parts: dict[str, Any], groups: _Groups, given: Mapping[str
         known = sorted(set(providers) - {"state", "key"})
         raise ValueError(
             f"loss {term.name!r} needs {', '.join(missing)}, which nobody gives: pass "
-            f"extras={{name: values [..., N]}} (or previous=logits); there are {', '.join(known)}"
+            "extras={name: values [..., N]}, group_extras={name: values [N, ..., N]} for one a "
+            f"group, or previous=logits; there are {', '.join(known)}"
         )
     arrays = {name: providers[name]() for name in term.arrays if name in providers}
     result = _run(term, arrays)

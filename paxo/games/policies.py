@@ -30,8 +30,17 @@ class GamePolicy(NamedTuple):
     logits: Callable[[Params], Array]
 
 
+def _table(params: Params) -> Array:
+    if not hasattr(params, "shape"):
+        raise TypeError(
+            "a tabular policy's parameters are one array of logits; got a "
+            f"{type(params).__name__}: give `solve` and the update the same `policy`"
+        )
+    return params
+
+
 # The logits themselves, starting from the reference.
-TABULAR = GamePolicy(init=lambda key, game: game.reference_logps, logits=lambda params: params)
+TABULAR = GamePolicy(init=lambda key, game: game.reference_logps, logits=_table)
 
 
 def neural_policy(width: int = 10, num_hidden: int = 2) -> GamePolicy:

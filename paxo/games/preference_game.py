@@ -74,19 +74,49 @@ class PreferenceGame:
 
     def win_rates(self, opponent: Array) -> Array:
         """`[..., N]` how often each action beats an opponent's; `opponent [..., N]` logits."""
+        opponent = self.checked("opponent", opponent)
         return jnp.einsum("...ij,...j->...i", self.preferences, jax.nn.softmax(opponent))
+
+    def checked(self, name: str, logits: Array) -> Array:
+        """Logits `[..., N]` that fit these games: an error names what does not.
+
+        Raises:
+            ValueError: for another number of actions, or axes that do not fit those of the games.
+
+        >>> PreferenceGame(jnp.full((2, 2), 0.5), jnp.zeros(2), 0.1).checked("logits", jnp.zeros(3))
+        Traceback (most recent call last):
+        ValueError: logits must have shape [..., 2], one number an action; got [3]
+        """
+        logits = jnp.asarray(logits)
+        lead = [*self.batch_shape, self.num_actions]
+        text = ", ".join(["...", *map(str, lead)])
+        if logits.shape[-1:] != (self.num_actions,):
+            raise ValueError(
+                f"{name} must have shape [{text}], one number an action; got {list(logits.shape)}"
+            )
+        if any(x not in (1, y) and y != 1 for x, y in zip(logits.shape[::-1], lead[::-1])):
+            raise ValueError(
+                f"{name} must have shape [{text}], a row for each game (or one for all); got "
+                f"{list(logits.shape)}"
+            )
+        return logits
 
     def replace(self, **changes: Any) -> "PreferenceGame":
         """A game with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
 
     def __getitem__(self, index: Any) -> "PreferenceGame":
-        """Some of the games.
+        """Some of the games, by what indexes an array of their `batch_shape`; not of their actions.
 
         >>> games = PreferenceGame(jnp.full((3, 2, 2), 0.5), jnp.zeros((3, 2)), 0.1)
-        >>> games[0].batch_shape
-        ()
+        >>> games[0].batch_shape, [game.batch_shape for game in games]
+        ((), [(), (), ()])
+        >>> games[3]
+        Traceback (most recent call last):
+        IndexError: index 3 is out of bounds for axis 0 with size 3
         """
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(index)):
+            np.empty(self.batch_shape, bool)[index]  # jax would take the last game for any beyond
         return self.replace(
             preferences=self.preferences[index], reference_logps=self.reference_logps[index]
         )
@@ -122,9 +152,12 @@ jax.tree_util.register_pytree_with_keys(PreferenceGame, _flatten, _unflatten)
 
 def _floating(name: str, value: Any) -> Array:
     try:
-        return jnp.asarray(value, None if hasattr(value, "dtype") else float)
+        found = jnp.asarray(value, None if hasattr(value, "dtype") else float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be an array of numbers; got {value!r}") from error
+    if jnp.iscomplexobj(found):
+        raise ValueError(f"{name} must be an array of real numbers; got {found.dtype}")
+    return found
 
 
 def _check_shapes(preferences: Array, reference: Array, beta: Array) -> None:

@@ -87,11 +87,19 @@ def solve(
         key: random key of first parameters and drawn actions; iteration t uses `fold_in(key, t)`.
 
     Raises:
-        ValueError: for iterations that do not rise from 0 to `num_steps`.
+        TypeError: for anything but an `Update` whose step gives parameters and memory.
+        ValueError: for iterations that do not rise within 0..num_steps, parameters that do not
+            fit the game, and a run that ends up in NaN.
     """
+    if not isinstance(update, Update):
+        raise TypeError(
+            f"update must be an Update, as egpo(eta=0.3) or Update(step); got {update!r}"
+        )
+    if not isinstance(num_steps, int | np.integer) or num_steps < 0:
+        raise ValueError(f"num_steps must be an integer of at least 0; got {num_steps!r}")
     kept = np.arange(num_steps + 1) if at is None else np.asarray(at, np.int64)
-    if num_steps < 0 or kept.ndim != 1 or not kept.size or np.any(np.diff(kept) <= 0):
-        raise ValueError(f"at must be rising iterations; got {at!r} of {num_steps} steps")
+    if kept.ndim != 1 or not kept.size or np.any(np.diff(kept) <= 0):
+        raise ValueError(f"at must be rising iterations; got {at!r}")
     if kept[0] < 0 or kept[-1] > num_steps:
         raise ValueError(
             f"at must lie in 0..num_steps = {num_steps}; got {kept[0]}..{kept[-1]}: raise num_steps"
@@ -99,12 +107,32 @@ def solve(
     key = jax.random.key(0) if key is None else key
     if params is None:
         params = policy.init(jax.random.fold_in(key, 2**31 - 1), game)
-
+    elif policy is TABULAR:
+        rows = game.reference_logps.shape
+        params = jnp.asarray(params, game.reference_logps.dtype)
+        if params.shape[max(params.ndim - len(rows), 0) :] != rows:
+            raise ValueError(
+                f"params must have shape {list(rows)}, a row of logits a game, or more leading "
+                f"axes, of several policies; got {list(params.shape)}"
+            )
     if memory is None:
         memory = update.init(params, game)
     stops = jnp.asarray(kept, jnp.int32)
     params, memory, seen = _run(update, policy, game, params, memory, key, stops, num_steps)
+    _refuse_nan(kept, seen[0])
     return Trajectory(kept, *seen, params, memory)
+
+
+def _refuse_nan(kept: np.ndarray, logits: Array) -> None:
+    if isinstance(logits, jax.core.Tracer):
+        return
+    lost = np.isnan(np.asarray(logits)).reshape(len(kept), -1).any(-1)
+    if lost.any():
+        raise ValueError(
+            f"the policy is NaN at iteration {kept[lost.argmax()]}: a step that is too large, or a "
+            "method that divides by the game's beta = 0, for which mirror_descent, sppo, dno, onpo "
+            "and comal are made"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -13,6 +13,7 @@ against whom. Gradient methods:
 Methods in rounds, each the minimiser of a loss on the snapshot's own pairs: inpo, onpo, sppo, dno,
 and iterated DPO or IPO.
 Where the minimiser has a closed form, `mirror_descent` and `optimistic_mirror_descent` are it.
+`from_row` plays the rows of `paxo.online` that train on pairs.
 
 `eta` is everywhere the step on win rates: a tabular gradient step at rate `eta beta N / 4` is a
 mirror step of `eta`. It may be a function of the iteration.
@@ -69,10 +70,11 @@ def gradient_move(
     """
     if (eta is None) == (rate is None):
         raise ValueError(f"give either eta or rate; got eta={eta!r} and rate={rate!r}")
+    _check_positive(eta=eta, rate=rate)
 
     def move(params: Params, game: PreferenceGame, t: Array, key: Array, opponent: Array) -> Params:
         sampler = policy.logits(params) if on_policy else None
-        bound = loss if isinstance(loss, Objective) else loss(game, t)
+        bound = _bound(loss, game, t)
 
         def total(params: Params) -> Array:
             logits = policy.logits(params)
@@ -105,6 +107,8 @@ def play(
             `(game, t) -> weight`; 0 is self-play.
         policy: how parameters become logits.
     """
+    if isinstance(mix, int | float) and not 0 <= mix <= 1:
+        raise ValueError(f"mix must be a weight, in [0, 1]; got {mix}")
 
     def step(params, game, t, key, memory):
         opponent = policy.logits(params)
@@ -194,6 +198,7 @@ def mirror_descent(*, eta: Size, mix: bool = False) -> Update:
         eta: step; multiplicative weights where the game's beta is 0.
         mix: play against the mixture of weight eta * beta: Nash-MD.
     """
+    _check_positive(eta=eta)
 
     def step(logits, game, t, key, memory):
         size = _at(eta, t)
@@ -210,6 +215,7 @@ def optimistic_mirror_descent(*, eta: Size) -> Update:
 
     Zhang et al. 2025, arXiv:2502.16852. The memory holds the last win rates; at first 1/2 each.
     """
+    _check_positive(eta=eta)
 
     def step(logits, game, t, key, before):
         rates = game.win_rates(logits)
@@ -236,7 +242,7 @@ def fitted(loss: LossOf, *, newton_steps: int = 1) -> Callable[..., Array]:
     """
 
     def fit(snapshot: Array, game: PreferenceGame, t: Array, previous: Array | None = None):
-        bound = loss if isinstance(loss, Objective) else loss(game, t)
+        bound = _bound(loss, game, t)
         anchor = snapshot if previous is None else previous
 
         def total(logits: Array) -> Array:
@@ -276,11 +282,11 @@ def inpo(*, eta: Size) -> Update:
     Args:
         eta: the paper's, the *inverse* of the step; tau (t + 2) / 2 in its theorem.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(  # noqa: E731
         LOSSES["inpo"], eta=_at(eta, t), tau=game.beta
     )
-    fit = fitted(loss)
-    return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+    return _fit_of(loss, 1)
 
 
 def dno(*, eta: Size, newton_steps: int = 8) -> Update:
@@ -290,9 +296,9 @@ def dno(*, eta: Size, newton_steps: int = 8) -> Update:
         eta: the paper's, the *inverse* of the step.
         newton_steps: of the fit.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["dno"], eta=_at(eta, t))  # noqa: E731
-    fit = fitted(loss, newton_steps=newton_steps)
-    return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+    return _fit_of(loss, newton_steps)
 
 
 def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
@@ -304,9 +310,9 @@ def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
         eta: step on win rates.
         newton_steps: of the fit.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["sppo"], eta=_at(eta, t))  # noqa: E731
-    fit = fitted(loss, newton_steps=newton_steps)
-    return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+    return _fit_of(loss, newton_steps)
 
 
 def onpo(*, eta: Size) -> Update:
@@ -317,14 +323,9 @@ def onpo(*, eta: Size) -> Update:
     Args:
         eta: step on win rates.
     """
+    _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["onpo"], eta=_at(eta, t))  # noqa: E731
-    fit = fitted(loss)
-
-    def step(logits, game, t, key, anchor):
-        anchor = fit(logits, game, t, previous=anchor)
-        return fit(logits, game, t, previous=anchor), anchor
-
-    return Update(step, lambda logits, game: logits)
+    return _fit_of(loss, 1, optimistic=True)
 
 
 def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
@@ -338,12 +339,7 @@ def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
         loss: an objective of pairs, e.g. `objective("dpo", beta=1.0)`.
         newton_steps: of the fit; 1 is exact for IPO.
     """
-    fit = fitted(loss, newton_steps=newton_steps)
-
-    def step(logits, game, t, key, memory):
-        return fit(logits, game.replace(reference_logps=logits), t), memory
-
-    return Update(step)
+    return _snapshot_reference(_fit_of(loss, newton_steps))
 
 
 def comal(inner: Update, *, tau: float, every: int) -> Update:
@@ -356,25 +352,119 @@ def comal(inner: Update, *, tau: float, every: int) -> Update:
         tau: KL weight of the inner games.
         every: inner steps between moves of the reference.
     """
+    _check_positive(tau=tau, every=every)
+
+    moving = _moving_reference(inner, every)
 
     def step(logits, game, t, key, memory):
-        reference, kept = memory
-        at = game.replace(reference_logps=reference, beta=jnp.asarray(tau, game.beta.dtype))
-        logits, kept = inner.step(logits, at, t, key, kept)
-        moves = (t + 1) % every == 0
-        return logits, (jnp.where(moves, jax.nn.log_softmax(logits), reference), kept)
+        at = game.replace(beta=jnp.asarray(tau, game.beta.dtype))
+        return moving.step(logits, at, t, key, memory)
 
-    return Update(step, lambda logits, game: (jax.nn.log_softmax(logits), inner.init(logits, game)))
+    return Update(step, moving.init)
 
 
 def proximal_point(*, tau: float) -> Update:
-    """COMAL with exact inner solutions: the Nash policy of the game around the last one."""
+    """COMAL with exact inner solutions: the Nash policy of the game around the last one.
+
+    Args:
+        tau: KL weight of the inner games.
+    """
+    _check_positive(tau=tau)
 
     def step(logits, game, t, key, memory):
         beta = jnp.asarray(tau, game.beta.dtype)
         return exact.nash_policy(game.replace(reference_logps=logits, beta=beta)), memory
 
     return Update(step)
+
+
+def from_row(row: Any, *, newton_steps: int = 0, **size: Any) -> Update:
+    """A row of `paxo.online.METHODS` in exact expectation: any record with its fields will do.
+
+    Its objective is minimised on what it draws, against its opponent, by one gradient step a round
+    or, as its theory has it, to the end; its reference and look-ahead move by its schedule. Of a
+    pair each verdict counts as often as the judge gives it, and a row that explores draws from the
+    uniform policy.
+
+    Args:
+        row: e.g. `paxo.online.method("egpo", beta=0.1)`; its objective keeps its own numbers, so
+            give it the game's KL weight.
+        newton_steps: of a round's fit, see `fitted`; 0 takes one step of gradient descent.
+        **size: of that step, `eta` or `rate`.
+
+    Raises:
+        ValueError: for rows that train on rewards, on completions of a data set, of the reference
+            or of an average, or on a choice among more candidates than it trains on; for no fit
+            where the loss measures from the round's snapshot.
+
+    >>> from paxo.games.builders import rock_paper_scissors
+    >>> from paxo.games.solve import solve
+    >>> from paxo.online import method
+    >>> game = rock_paper_scissors(beta=0.1, reference_logits=jnp.array([1.0, 0.0, 0.0]))
+    >>> played = solve(game, from_row(method("egpo", beta=0.1), eta=0.3), 300, at=(300,))
+    >>> bool(exact.duality_gap(game, played.logits[-1]) < 1e-5)
+    True
+    """
+    schedule, (draw, *others) = row.schedule, row.draws
+    opponent = None if row.opponent is None else row.opponent.source
+    plain = draw.source == "policy" and not others and row.group_size == row.num_candidates <= 2
+    if row.rewards or not row.judged or not plain or opponent not in (None, "policy", "mixture"):
+        raise ValueError(
+            f"row {row.name!r} is more than pairs of the policy, judged: it cannot be played in "
+            "exact expectation. Rows that choose among K take draws=(2,), where they have one draw"
+        )
+    if schedule.hyper_parameters or schedule.replay or schedule.average:
+        raise ValueError(f"row {row.name!r} has a schedule that depends on earlier rounds' data")
+    if "previous" in row.objective.roles and not newton_steps:
+        raise ValueError(
+            f"row {row.name!r} measures from its snapshot, where one step says little: give "
+            "newton_steps=8 (1 is exact for losses that are quadratic in margins)"
+        )
+    if newton_steps:
+        update = _fit_of(row.objective, newton_steps, optimistic=schedule.optimistic)
+    else:
+        move = gradient_move(row.objective, on_policy=draw.is_plain, **size)
+        mix = row.mix if opponent == "mixture" else 0.0
+        update = extragradient(move) if schedule.extragradient else play(move, mix=mix)
+    if schedule.reference == "snapshot":
+        update = _snapshot_reference(update)
+    elif schedule.reference_every:
+        update = _moving_reference(update, schedule.reference_every)
+    return extrapolated(update, alpha=schedule.extrapolation) if schedule.extrapolation else update
+
+
+def _fit_of(loss: LossOf, newton_steps: int, *, optimistic: bool = False) -> Update:
+    """One fit a round; or two, of the anchor from itself and of the policy from the new anchor."""
+    fit = fitted(loss, newton_steps=newton_steps)
+    if not optimistic:
+        return Update(lambda logits, game, t, key, memory: (fit(logits, game, t), memory))
+
+    def step(logits, game, t, key, anchor):
+        anchor = fit(logits, game, t, previous=anchor)
+        return fit(logits, game, t, previous=anchor), anchor
+
+    return Update(step, lambda logits, game: logits)
+
+
+def _snapshot_reference(inner: Update) -> Update:
+    """Each round's reference is the policy that it starts from."""
+
+    def step(logits, game, t, key, memory):
+        return inner.step(logits, game.replace(reference_logps=logits), t, key, memory)
+
+    return Update(step, inner.init)
+
+
+def _moving_reference(inner: Update, every: int) -> Update:
+    """The reference becomes the policy after every so many rounds."""
+
+    def step(logits, game, t, key, memory):
+        reference, kept = memory
+        logits, kept = inner.step(logits, game.replace(reference_logps=reference), t, key, kept)
+        moves = (t + 1) % every == 0
+        return logits, (jnp.where(moves, jax.nn.log_softmax(logits), reference), kept)
+
+    return Update(step, lambda logits, game: (jax.nn.log_softmax(logits), inner.init(logits, game)))
 
 
 def extrapolated(inner: Update, *, alpha: float) -> Update:
@@ -394,6 +484,21 @@ def extrapolated(inner: Update, *, alpha: float) -> Update:
         return jax.nn.log_softmax(moved), (found, kept)
 
     return Update(step, lambda logits, game: (logits, inner.init(logits, game)))
+
+
+def _check_positive(**sizes: Any) -> None:
+    """Refuses numbers that no size can be; what is traced or scheduled is not looked at."""
+    for name, size in sizes.items():
+        if isinstance(size, int | float) and not 0 < size < float("inf"):
+            raise ValueError(f"{name} must be a finite number above 0; got {size}")
+
+
+def _bound(loss: LossOf, game: PreferenceGame, t: Array) -> Loss:
+    if isinstance(loss, Objective):
+        return loss
+    if not callable(loss):
+        raise TypeError(f"loss must be an objective or a function of game and t; got {loss!r}")
+    return loss(game, t)
 
 
 def _at(size: Size | None, t: Array) -> Any:

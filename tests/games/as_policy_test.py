@@ -197,3 +197,5 @@ def test_games_on_several_axes_are_refused():
     game = PreferenceGame(np.full((2, 2, 3, 3), 0.5), np.zeros((2, 2, 3)), 0.1)
     with pytest.raises(ValueError, match=r"one axis; got \[2, 2\]"):
         table_policy(game)
+    with pytest.raises(ValueError, match=r"actions must have shape \[3, M, K\].*got \[2, 5, 2\]"):
+        pair_batch(games(), np.zeros((2, 5, 2), int))

@@ -47,8 +47,11 @@ def test_a_cycle_beats_those_that_follow_and_its_nash_policy_is_uniform():
     np.testing.assert_allclose(even.preferences[1], [0.0, 0.5, 1.0, 0.5])
     for cycle in (game, even):
         assert float(exact.duality_gap(cycle, jnp.zeros(cycle.num_actions))) < 1e-24
-    with pytest.raises(ValueError, match="at least 3"):
-        builders.cyclic(2, beta=0.1)
+    for wrong in (2, 3.5):
+        with pytest.raises(ValueError, match="integer of at least 3"):
+            builders.cyclic(wrong, beta=0.1)
+    with pytest.raises(ValueError, match=r"win must be a probability.*got 1.5"):
+        builders.cyclic(3, beta=0.1, win=1.5)
 
 
 @pytest.mark.parametrize("n", [3, 4, 5])
@@ -75,6 +78,8 @@ def test_bradley_terry_rewards_tilt_the_nash_policy_towards_them():
     np.testing.assert_allclose(game.preferences[0, 2], 1 / (1 + np.exp(-2)), rtol=1e-14)
     nash = exact.nash_policy(game)
     assert nash[0] > nash[1] > nash[2]
+    with pytest.raises(ValueError, match=r"rewards must have shape \[..., N\]"):
+        builders.bradley_terry(1.0, beta=0.2)
 
 
 def test_random_games_are_reproducible_and_batched():
@@ -110,3 +115,9 @@ def test_didactic_bandit_has_its_exact_figures():
         reference[[70, 20, 0, 99]], [2.1e-3, 2.4e-2, 0.078, 0.042], rtol=0.03
     )
     assert reference.sum() == pytest.approx(1, rel=1e-12)
+    # Without a KL term the best policy is the peak, and regret the reward that is missed.
+    np.testing.assert_array_equal(jnp.argmax(bandit.best_policy, -1), [70, 20, 70, 70])
+    missed = jax.jit(bandit.regret)(jnp.log(reference))
+    np.testing.assert_allclose(missed, 1 - bandit.rewards @ reference, rtol=1e-12)
+    with pytest.raises(ValueError, match="beta must be at least 0; got -1"):
+        builders.didactic_bandit(beta=-1)

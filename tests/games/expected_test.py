@@ -159,34 +159,61 @@ def test_a_one_token_completion_has_the_entropy_and_kl_of_its_policy():
 
 # Arrays by action that some losses name, and the size of their groups where a pair does not fit.
 EXTRAS = {
-    **dict.fromkeys(("rewards", "margin_rewards", "scores", "start_values"), (4,)),
-    **dict.fromkeys(("end_values", "passed", "baseline_rewards", "constraint_rewards"), (4,)),
-    **dict.fromkeys(("advantages", "values", "previous_values", "returns"), (4, 1)),
-    **dict.fromkeys(("token_weights", "step_labels"), (4, 1)),
+    **dict.fromkeys(("rewards", "margin_rewards", "scores", "start_values"), ()),
+    **dict.fromkeys(("end_values", "passed", "baseline_rewards", "constraint_rewards"), ()),
+    **dict.fromkeys(("advantages", "values", "previous_values", "returns"), (1,)),
+    **dict.fromkeys(("token_weights", "step_labels", "step_scores", "step_mask"), (1,)),
+    **dict.fromkeys(("step_ends", "step_similarities"), (1,)),
+    "embeddings": (2,),
 }
+# Arrays that belong to a group: how often its label is wrong, its degree of preference.
+GROUP_EXTRAS = {"flip_rates": (), "degree_labels": (), "degree_logits": (3,)}
 SIZES = {"rationale_dpo": 3, "rationale_orpo": 3, "bpo": 3, "triple_po": 3, "triple_po_l": 3}
 SIZES |= {"xpo": 3, "vpo": 3, "selm": 3, "hypo": 3, "srpo": 6, "opa_dpo": 5}
-# They name arrays of groups, not of actions: degrees of preference, step trees, embeddings, steps,
-# rates of wrong labels.
-ELSEWHERE = {"spo_degree", "tpo_tree", "general_preference", "prm", "upo"}
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_objective_has_an_expected_loss(name):
-    n = 2 if SIZES.get(name, 2) > 3 else 4  # N^K groups
+    size = SIZES.get(name, 2)
+    n = 2 if size > 3 else 4  # N^K groups
     game = builders.numpy_game(4, n, beta=0.3, num_games=1)[0]
     rng = np.random.default_rng(5)
-    shapes = EXTRAS | ({"advantages": (4,)} if name == "mdpo" else {})
-    extras = {k: rng.uniform(0.1, 0.9, (n, *shape[1:])) for k, shape in shapes.items()}
+    shapes = EXTRAS | ({"advantages": ()} if name == "mdpo" else {})
+    extras = {k: rng.uniform(0.1, 0.9, (n, *rest)) for k, rest in shapes.items()}
+    of_groups = {k: rng.uniform(0, 0.5, (n,) * size + rest) for k, rest in GROUP_EXTRAS.items()}
     loss = jax.eval_shape(
         lambda x: expected_loss(
-            objective(name), game, x, previous=jnp.zeros(n), extras=extras,
-            candidates=SIZES.get(name, 2), key=jax.random.key(0),
+            objective(name), game, x, previous=jnp.zeros(n), extras=extras, group_extras=of_groups,
+            candidates=size, key=jax.random.key(0),
         ),
         jnp.zeros(n),
     )  # fmt: skip
     assert loss.shape == ()
     assert loss.dtype == jnp.float64
+
+
+def test_arrays_of_groups_stand_in_the_order_of_their_actions():
+    # UPO with the judge's doubt as flip rate: both orders of a pair then say the same, that of DPO
+    # with soft labels.
+    doubt = 1 - GAMES.preferences
+    loss = objective("upo", beta=0.7)
+    found = value(loss, GAMES, POLICY, sampler=OTHER, group_extras={"flip_rates": doubt})
+    soft, h = np.asarray(GAMES.preferences), logp(POLICY) - logp(GAMES.reference_logps)
+    z = 0.7 * (h[:, :, None] - h[:, None, :])
+    each = np.log1p(np.exp(-z)) * soft + np.log1p(np.exp(z)) * (1 - soft)
+    p = np.exp(logp(OTHER))
+    told = 2 * soft * each  # the winner first, as often as the judge says
+    expected = np.einsum("gi,gj,gij->g", p, p, told)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+    @jax.jit
+    def drawn(rates):
+        run = functools.partial(sampled_loss, loss, GAMES, POLICY, sampler=OTHER)
+        return run(jax.random.key(0), num_samples=40000, group_extras={"flip_rates": rates})
+
+    np.testing.assert_allclose(drawn(doubt), found, rtol=0.02)
+    with pytest.raises(ValueError, match=r"group_extras\['flip_rates'\].*\[3, 4, 4\] or \[4, 4\]"):
+        expected_loss(loss, GAMES, POLICY, group_extras={"flip_rates": np.ones(4)})
 
 
 def test_a_loss_that_adds_its_groups_up_is_weighted_too():
@@ -208,6 +235,18 @@ def test_missing_and_misshapen_arrays_are_named():
         expected_loss(objective("copg"), GAMES, POLICY)
     with pytest.raises(ValueError, match=r"extras\['rewards'\] must have shape \[3, 4\]"):
         expected_loss(objective("copg"), GAMES, POLICY, extras={"rewards": np.ones(5)})
+    with pytest.raises(ValueError, match=r"logits must have shape \[..., 3, 4\].*got \[5\]"):
+        expected_loss(objective("dpo"), GAMES, jnp.zeros(5))
+    with pytest.raises(ValueError, match=r"one policy a game; got .*vmap"):
+        expected_loss(objective("dpo"), GAMES, jnp.zeros((2, 3, 4)))
+    with pytest.raises(ValueError, match=r"sampler must have shape.*got \[2, 4\]"):
+        expected_loss(objective("dpo"), GAMES, POLICY, sampler=jnp.zeros((2, 4)))
+    with pytest.raises(ValueError, match="candidates must be at least 1; got 0"):
+        expected_loss(objective("dpo"), GAMES, POLICY, candidates=0)
+    with pytest.raises(ValueError, match="num_samples must be at least 1; got 0"):
+        sampled_loss(objective("dpo"), GAMES, POLICY, jax.random.key(0), num_samples=0)
+    with pytest.raises(TypeError, match=r"as objective\('dpo', beta=0.1\).*got 'dpo'"):
+        expected_loss("dpo", GAMES, POLICY)
 
 
 # T9: a wrong opponent distribution, such as one normalised over games, is outside these intervals.
@@ -223,10 +262,12 @@ def test_sampled_gradients_are_unbiased(on_policy):
     sampler = policy if on_policy else None
 
     @jax.jit
-    def gradients(opponent):
-        def exactly(x):
-            return expected_loss(loss, games, x, sampler=sampler, opponent=opponent).sum()
+    def exactly(opponent):
+        run = lambda x: expected_loss(loss, games, x, sampler=sampler, opponent=opponent)  # noqa: E731
+        return jax.grad(lambda x: run(x).sum())(policy)
 
+    @jax.jit
+    def sampled(opponent):
         def one(key):
             run = lambda x: sampled_loss(  # noqa: E731
                 loss, games, x, key, num_samples=100, sampler=sampler, opponent=opponent
@@ -234,16 +275,16 @@ def test_sampled_gradients_are_unbiased(on_policy):
             return jax.grad(run)(policy)
 
         drawn = jax.vmap(one)(jax.random.split(jax.random.key(7), 1000))  # 1e5 groups a game
-        return jax.grad(exactly)(policy), drawn.mean(0), drawn.std(0) / np.sqrt(1000)
+        return drawn.mean(0), drawn.std(0) / np.sqrt(1000)
 
     # Nash-MD plays the mixture, plain self-play the policy, EGPO's second step where its first led.
     mixed = exact.mixture(policy, games.reference_logps, 0.4)
     half = exact.mirror_step(games, policy, eta=0.4)
     for opponent in (policy,) if on_policy else (policy, half, mixed):
-        expected, found, error = gradients(opponent)
-        assert float((jnp.abs(found - expected) / error).max()) < 4
+        found, error = sampled(opponent)
+        assert float((jnp.abs(found - exactly(opponent)) / error).max()) < 4
     if not on_policy:
-        biased, *_ = gradients(jnp.log(jax.nn.softmax(mixed, 0)))  # over the games
+        biased = exactly(jnp.log(jax.nn.softmax(mixed, 0)))  # over the games
         assert float((jnp.abs(found - biased) / error).max()) > 8
 
 

@@ -67,6 +67,7 @@ def gaps(game, update, at, *, average=False, **options):
     return np.asarray(found).reshape(len(found), -1).mean(-1)[kept]
 
 
+@functools.cache
 def method_gaps(name, game, at, *, eta, mix=0.0):
     """Those of a method of `METHODS`."""
     sizes = jnp.asarray([eta, mix], game.beta.dtype)
@@ -91,15 +92,12 @@ def agrees(found, printed):
 
     Args:
         found: figures.
-        printed: the same in one text, as a table has them; `-` for one that is not compared, `~`
-            before one that hangs on the last bit of float64, which is compared to 25 %.
+        printed: the same in one text, as a table has them; `-` for one that is not compared.
     """
     cells = printed.split()
     assert len(cells) == len(found)
     for value, cell in zip(np.asarray(found, float), cells):
-        if cell.startswith("~"):
-            np.testing.assert_allclose(value, float(cell[1:]), rtol=0.25)
-        elif cell != "-":
+        if cell != "-":
             np.testing.assert_allclose(value, float(cell), rtol=0, atol=room(cell))
 
 

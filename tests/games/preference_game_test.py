@@ -33,6 +33,7 @@ def test_antisymmetry_is_made_exact_within_rounding_and_the_reference_normalised
         ({"beta": -0.1}, "beta must be at least 0; got -0.1"),
         ({"beta": np.nan}, "beta must be finite; got nan"),
         ({"beta": "low"}, "beta must be an array of numbers; got 'low'"),
+        ({"preferences": GOOD + 0j}, "preferences must be an array of real numbers; got complex"),
         ({"reference_logps": np.array([0, -np.inf])}, r"reference_logps\[1\] must be finite"),
         ({"preferences": np.array([[0.5, 1.2], [-0.2, 0.5]])}, r"\[0, 1\] must lie in \[0, 1\]"),
         ({"preferences": np.array([[0.5, np.nan], [0, 0.5]])}, r"\[0, 1\] must be finite; got nan"),
@@ -64,6 +65,34 @@ def test_a_game_goes_through_jit_vmap_and_tree_map_without_being_checked_again()
     assert (shapes.preferences, shapes.beta) == ((3, 5, 5), ())
     assert jax.tree.structure(game) == jax.tree.structure(game[0])
     np.testing.assert_array_equal(game[1].preferences, game.preferences[1])
+
+
+def test_games_are_indexed_and_walked_through_as_far_as_there_are_any():
+    games = builders.numpy_game(0, 4, beta=0.2, num_games=3)
+    np.testing.assert_array_equal(games[-1].preferences, games[2].preferences)
+    for index in (3, -4, (0, 0)):  # jax would take the last one, or an action
+        with pytest.raises(IndexError):
+            games[index]
+    assert [game.batch_shape for game in games] == [(), (), ()]  # an end, because of that error
+    with pytest.raises(IndexError):
+        games[0][0]
+    taken = jax.jit(lambda i: games[i].preferences)(1)  # an index that is not known yet
+    np.testing.assert_array_equal(taken, games.preferences[1])
+
+
+def test_logits_that_do_not_fit_are_named():
+    games = builders.numpy_game(0, 4, beta=0.2, num_games=3)
+    for run in (exact.duality_gap, exact.unregularised_gap, exact.rotation_rate):
+        with pytest.raises(ValueError, match=r"logits must have shape \[..., 3, 4\].*got \[3, 5\]"):
+            run(games, jnp.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"logits must have.*a row for each game.*got \[2, 4\]"):
+        exact.mirror_step(games, jnp.zeros((2, 4)), eta=0.1)
+    with pytest.raises(ValueError, match=r"opponent must have shape \[..., 3, 4\].*got \[5\]"):
+        exact.best_response(games, jnp.zeros(5))
+    with pytest.raises(ValueError, match="second must have shape"):
+        exact.payoff(games, jnp.zeros(4), jnp.zeros(3))
+    for fits in ((4,), (1, 4), (3, 4), (7, 3, 4), (7, 1, 4)):
+        assert games.checked("logits", jnp.zeros(fits)).shape == fits
 
 
 def test_win_rates_are_expectations_over_the_opponent():

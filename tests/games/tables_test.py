@@ -1,7 +1,7 @@
 """The published tables of methods on EGPO's ten games, cell by cell, and its rates.
 
-Cells marked `~` hang on the last bit of float64: `test_some_cells_hang_on_the_last_bit` shows that
-two right ways to compute them disagree. They are held to 25 %, and to what they say.
+Fifteen cells are no property of the games but of the last bits of float64: of them, and of the
+cells before them in their rows, see `test_fifteen_cells_hang_on_the_last_bit`.
 """
 
 import jax
@@ -16,7 +16,6 @@ from tests.games.playing import (
     SCHEDULED,
     agrees,
     close,
-    gaps,
     golden,
     method_gaps,
     mirror_gaps,
@@ -36,6 +35,8 @@ def test_a_cell_leaves_room_for_its_own_rounding_only():
 
 
 # The authors' steps: T2 and T5.
+
+TO_THE_LAST = (0, 100, 1000, 10_000, 30_000, 100_000)
 
 
 @pytest.mark.parametrize(
@@ -73,14 +74,14 @@ def test_table_of_exact_methods_at_a_hundredth(name, mix, printed):
     ("name", "mix", "printed"),
     [
         ("online_ipo_v1", 0.0, "3.43e-1 2.31e-1 1.71e-1 1.75e-1 1.61e-1 9.1e-2"),
-        ("online_ipo_v2", 0.0, "3.43e-1 3.2e-1 5.1e-1 6.0e-1 ~6.4e-1 ~5.6e-1"),
+        ("online_ipo_v2", 0.0, "3.43e-1 3.2e-1 5.1e-1 6.0e-1"),
         ("nash_md", 8e-5, "3.43e-1 2.31e-1 1.71e-1 1.75e-1 1.6e-1 8.9e-2"),
         ("nash_md_pg", 4e-5, "3.43e-1 3.43e-1 3.43e-1 3.39e-1 3.31e-1 3.17e-1"),
         ("egpo", 0.0, "3.43e-1 2.29e-1 1.62e-1 5.17e-2 6.9e-3 2.5e-8"),
     ],
 )
 def test_table_of_exact_methods_at_a_thousandth(name, mix, printed):
-    at = (0, 100, 1000, 10_000, 30_000, 100_000)
+    at = TO_THE_LAST[: len(printed.split())]
     agrees(method_gaps(name, golden(0.001), at, eta=0.08, mix=mix), printed)
 
 
@@ -119,16 +120,12 @@ def test_table_of_one_step_for_all(beta):
                 (proved, True, "1.5e-1 1.1e-2 4.7e-4 7.7e-6"),
                 (decaying, True, "4.3e-1 4.7e-2 7.3e-3 3.5e-4"),
                 (decaying, False, "4.3e-1 5.0e-2 9.2e-3 3.8e-4"),
-                (1 / 0.03, False, ".73 ~.65 ~.67 ~.67"),
                 (None, None, "1.2e-1 1.6e-4 9.7e-8 0"),
             ),
         ),
         0.001: (
             (1000, 10_000, 30_000, 100_000),
             (
-                (proved, False, "3.0e-1 4.5e-1 ~5.1e-1 ~4.0e-1"),
-                (decaying, True, "7.0e-1 ~4.5e-1 ~2.8e-1 ~7.0e-2"),
-                (decaying, False, "6.4e-1 ~4.2e-1 ~2.9e-1 ~5.8e-2"),
                 (1 / 0.003, False, ".78 .79 .70 .72"),
                 (None, None, "7.6e-2 2.4e-4 9.4e-11 0"),
             ),
@@ -141,35 +138,72 @@ def test_table_of_one_step_for_all(beta):
         else:
             found = mirror_gaps(game, at, eta=eta, mix=mix)
         agrees(found, printed)
-        # What the inexact cells say: constant steps cycle for ever, decaying ones come down.
-        if "~" in printed and eta is decaying:
-            assert (np.diff(found) < 0).all()
-        elif "~" in printed:
-            assert (found > 0.25).all()
 
 
-def logits_form(logits, game, t, key, sizes):
-    """The mirror step as gradient descent on unnormalised logits: the same in exact numbers."""
-    rates = jnp.sum((game.preferences - 0.5) * jax.nn.softmax(logits)[..., None, :], -1)
-    gradient = game.beta * (logits - game.reference_logps) - rates
-    return logits - sizes[0, t] * gradient, sizes
+# The rows that cycle for thousands of rounds, `~` before the cells that hang on the last bit.
+ROUNDS = (100, 1000, 2000, 5000, 10_000, 30_000, 100_000)
+HANGING = {  # KL weight, constant step or None for 2 / (beta (t + 2)), form, cells
+    "inpo, eta = 3 tau": (0.01, 1 / 0.03, "", ".73 ~.65 ~.67 ~.67 - - -"),
+    "online_ipo_v1": (0.001, 1 / 3.001, "", "- 3.0e-1 - - 4.5e-1 ~5.1e-1 ~4.0e-1"),
+    "nash_md, decaying": (0.001, None, "mixed", "- 7.0e-1 - - ~4.5e-1 ~2.8e-1 ~7.0e-2"),
+    "inpo, decaying": (0.001, None, "", "- 6.4e-1 - - ~4.2e-1 ~2.9e-1 ~5.8e-2"),
+    "online_ipo_v2": (0.001, 0.08, "v2", "3.2e-1 5.1e-1 - - 6.0e-1 ~6.4e-1 ~5.6e-1"),
+    "multiplicative weights": (0.0, 1.0, "", "3.7e-1 5.5e-1 - - ~7.0e-1 - ~7.4e-1"),
+}
 
 
-def test_some_cells_hang_on_the_last_bit():
-    # INPO's eta = 3 tau: at 0.01 it cycles, and what rounding adds grows from 1e-16 to several per
-    # cent within 1,000 rounds; at 0.1, where it is stable, the same two forms agree for good.
-    other = Update(logits_form)
-    for beta, at, agree in (
-        (0.01, (100, 1000, 1500, 2000, 3000, 4000, 5000), False),
-        (0.1, (10, 50, 100), True),
-    ):
-        eta = 1 / (3 * beta)
-        sizes = jnp.stack([jnp.full(100_000, eta), jnp.zeros(100_000)])
-        first = mirror_gaps(golden(beta), at, eta=eta)
-        second = gaps(golden(beta), other, at, memory=sizes)
-        apart = np.abs(first / second - 1)
-        assert apart[0] < 1e-6  # not yet
-        assert (apart.max() < 1e-3) if agree else (apart.max() > 0.01)
+def side_by_side(logits, game, t, key, rows):
+    """A step of every row of `HANGING`, from references that differ by what rounding does."""
+    reference, beta, constant, mixed, v2 = rows
+    eta = jnp.where(constant > 0, constant, 2 / (beta * (t + 2)))
+    pull = eta * beta
+    rates = game.win_rates(exact.mixture(logits, reference, mixed * pull))
+    mirror = (1 - pull) * logits + pull * reference + eta * rates
+    p, advantages = jnp.exp(logits), rates - beta * (logits - reference)
+    centred = p * (advantages - jnp.sum(p * advantages, -1, keepdims=True))
+    moved = jnp.where(v2, logits + eta * game.num_actions * centred, mirror)
+    return jax.nn.log_softmax(moved), rows
+
+
+SIDE_BY_SIDE = Update(side_by_side)
+
+
+@pytest.mark.parametrize("last", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_fifteen_cells_hang_on_the_last_bit(last):
+    # Eight references that differ by 1e-15 of a logit, as other orders of summing would make them,
+    # are the same game until the rows have cycled for long. Then their mean gaps differ by more
+    # than the 1 % to which a cell can be held: it is no figure of the game, and what is held to is
+    # its place among them, and what it says.
+    game = golden(0.001)
+    wobble = 1e-15 * np.random.default_rng(0).standard_normal((8, len(HANGING), 10, 10))
+    reference = game.reference_logps * (1 + wobble)
+    betas, constants, forms, _ = zip(*HANGING.values())
+    columns = (betas, [c or 0.0 for c in constants], [f == "mixed" for f in forms])
+    columns = (*columns, [f == "v2" for f in forms])
+    rows = (reference, *(jnp.asarray(x)[:, None, None] for x in columns))
+    at = [t for t in ROUNDS if t <= last] + list(range(last + 1, last + 3)) * (last < 100_000)
+    run = solve(game, SIDE_BY_SIDE, at[-1], at=at, params=reference, memory=rows)
+    hanging = 0
+    for k, (beta, constant, _, printed) in enumerate(HANGING.values()):
+        cells = printed.split()
+        assert len(cells) == len(ROUNDS)
+        gap = exact.duality_gap(game.replace(beta=beta), run.logits[:, :, k])
+        found = np.asarray(gap).mean(-1)  # [rounds, 8]
+        assert np.ptp(found[0]) < 1e-8  # not yet
+        for t, several, cell in zip(ROUNDS, found, cells):
+            middle, spread = several.mean(), several.std(ddof=1)
+            if t <= last and cell.startswith("~"):
+                hanging += 1
+                assert np.ptp(several) > 0.02 * middle
+                off = abs(middle - float(cell[1:]))
+                assert off < min(room(cell[1:]) + 5 * spread, 0.25 * middle)
+            elif t <= last:
+                agrees([middle], cell)
+                assert cell == "-" or spread < 0.005 * middle
+        # Decaying steps come down, constant ones cycle for ever.
+        middles = found[ROUNDS.index(1000) : len([t for t in ROUNDS if t <= last])].mean(-1)
+        assert (np.diff(middles) < 0).all() if constant is None else (middles > 0.25).all()
+    assert hanging == (15 if last == 100_000 else 6)
 
 
 # T3, T4: EGPO's rate.
@@ -189,6 +223,8 @@ def test_egpo_contracts_by_the_square_of_its_bound_and_never_above_it(beta, eta)
     slope, _ = np.polyfit(window, np.log(found[window]), 1)
     close(np.exp(slope), rate, 5e-3)
     if beta == 0.1:
+        published = (0.9189, 0.9207) if eta == 0.4 else (0.9346, 0.9359)
+        close([np.exp(slope).min(), np.exp(slope).max()], published, 3e-4)
         # Step by step: the mean gap always, and with the step that is proved every game. With 0.4
         # two of 1,400 steps of single games are 0.0002 outside, *faster*: 0.9164 in game 2 at 60
         # and 61, where the turning directions, which die out sooner, are not yet gone.
@@ -231,14 +267,16 @@ def test_float32_reproduces_float64():
         ("online_ipo_v1", 0.1, 0.4, at, 1e-7),
         ("egpo", 0.1, 0.4, at, 1e-7),
         ("egpo", 0.01, 0.8, at, 1e-7),
-        ("egpo", 0.001, 0.08, (100_000,), 2e-6),
+        ("egpo", 0.001, 0.08, TO_THE_LAST, 2e-6),
     )
     wanted = [method_gaps(name, golden(b), at, eta=eta) for name, b, eta, at, _ in runs]
     with jax.enable_x64(False):
         found = [method_gaps(name, golden(b), at, eta=eta) for name, b, eta, at, _ in runs]
-    for single, double, (*_, room_) in zip(found, wanted, runs):
+    for single, double, (*_, at_, room_) in zip(found, wanted, runs):
         assert single.dtype == np.float32
-        np.testing.assert_allclose(single, double, rtol=0, atol=room_)
+        # At the smallest KL weight T8 is about the end point alone.
+        of = -1 if at_ is TO_THE_LAST else slice(None)
+        np.testing.assert_allclose(single[of], double[of], rtol=0, atol=room_)
 
 
 # B.3. Schedules on the games of numpy's seed.

@@ -112,10 +112,8 @@ def test_comal_with_its_own_loss_moves_the_reference_every_k_rounds():
 
 def test_table_of_unregularised_self_play():
     game, at = golden(0.0), (0, 10, 100, 1000, 10_000, 100_000)
-    # Cells of 10,000 rounds and more of the last policy of multiplicative weights hang on the last
-    # bit (five ways to write the step: 0.69 to 0.74 and 0.66 to 0.70).
-    last = mirror_gaps(game, at, eta=1.0)
-    agrees(last, "3.5e-1 2.4e-1 3.7e-1 5.5e-1 ~7.0e-1 ~7.4e-1")
+    # Its last two cells hang on the last bit: `tables_test.HANGING`.
+    agrees(mirror_gaps(game, at[:4], eta=1.0), "3.5e-1 2.4e-1 3.7e-1 5.5e-1")
     agrees(mirror_gaps(game, at, eta=1.0, average=True), "- 2.7e-1 5.8e-2 1.4e-2 4.4e-3 1.4e-3")
     run, kept = played(game, optimistic_mirror_descent(eta=0.5), at)
     last, average = run.logits[kept], jnp.exp(run.average[kept])
@@ -138,7 +136,7 @@ def test_table_of_comal_on_the_ten_games():
     agrees(reset(at, eta=0.5, tau=0.01, every=500), "7.6e-3 3.8e-5 5.0e-7")
     # Short games of a larger KL weight stall, where the cycle of three is solved to 1e-14.
     for every in (12, 50):
-        stalled = reset((5000, 10_000, 20_000), eta=0.5, tau=0.1, every=every)
+        stalled = reset((2000, 5000, 10_000), eta=0.5, tau=0.1, every=every)
         assert ((stalled > 4e-3) & (stalled < 6e-2)).all()
 
 

@@ -11,10 +11,13 @@ from paxo.games.policies import game_around, neural_policy
 from paxo.games.solve import Update, solve
 from paxo.games.updates import (
     best_response_iteration,
+    comal,
     dno,
     egpo,
+    from_row,
     gradient_move,
     inpo,
+    iterated,
     mirror_descent,
     nash_md,
     nash_md_pg,
@@ -23,9 +26,11 @@ from paxo.games.updates import (
     onpo,
     optimistic_mirror_descent,
     play,
+    proximal_point,
     sppo,
 )
 from paxo.objectives import objective
+from paxo.online import method
 from tests.games.playing import close, gaps, golden, method_gaps, mirror_gaps
 
 KEY = jax.random.key(0)
@@ -139,6 +144,21 @@ def test_a_move_needs_one_size():
         egpo(eta=0.1, rate=0.1)
 
 
+def test_sizes_that_no_method_can_have_are_refused():
+    for make in (mirror_descent, optimistic_mirror_descent, inpo, dno, sppo, onpo, egpo):
+        for wrong in (0.0, -0.1, float("nan")):
+            with pytest.raises(ValueError, match="eta must be a finite number above 0; got"):
+                make(eta=wrong)
+    with pytest.raises(ValueError, match="every must be a finite number above 0; got 0"):
+        comal(egpo(eta=0.1), tau=0.1, every=0)
+    with pytest.raises(ValueError, match="tau must be a finite number above 0; got 0"):
+        proximal_point(tau=0)
+    with pytest.raises(ValueError, match=r"mix must be a weight, in \[0, 1\]; got 1.5"):
+        nash_md(eta=0.1, mix=1.5)
+    with pytest.raises(TypeError, match="an objective or a function of game and t; got 'dpo'"):
+        step(iterated("dpo"))
+
+
 def test_any_objective_is_a_move():
     # DPO on the policy's own pairs stays where the Bradley–Terry rewards are best served.
     rewards, beta = jnp.array([1.0, 0.2, -0.5]), 0.4
@@ -147,6 +167,56 @@ def test_any_objective_is_a_move():
     move = gradient_move(objective("dpo", beta=beta), rate=5.0, on_policy=True)
     played = solve(game, play(move), 3000, at=(0, 3000))
     close(jax.nn.log_softmax(played.logits[-1]), best, 1e-6)
+
+
+# Rows of `paxo.online`, which the games do not know: they are passed in.
+
+
+def by_row(name, game=GAMES, *, newton_steps=0, size=None, **settings):
+    update = from_row(method(name, **settings), newton_steps=newton_steps, **(size or {}))
+    return step(update, game=game)[0]
+
+
+def test_rows_of_self_play_are_played_in_exact_expectation():
+    size = {"eta": 0.4}
+    half = exact.mirror_step(GAMES, POLICIES, eta=0.4)
+    mixture = exact.mixture(POLICIES, GAMES.reference_logps, 0.125)
+    for name, settings, opponent in (
+        ("egpo", {"beta": 0.3}, half),
+        ("nash_md", {"beta": 0.3}, mixture),  # the row's mix
+    ):
+        expected = exact.mirror_step(GAMES, POLICIES, eta=0.4, opponent=opponent)
+        close(by_row(name, size=size, **settings), expected)
+    moved = jax.nn.log_softmax(POLICIES + 0.05 * covariances(mixture))
+    close(by_row("nash_md_pg", size={"rate": 0.05}, tau=0.3), moved)
+    inpo_round = by_row("inpo_pairs", newton_steps=1, eta=0.9, tau=0.3)
+    close(inpo_round, exact.mirror_step(GAMES, POLICIES, eta=1 / 0.9), 1e-11)
+
+
+def test_rows_move_their_references_and_look_ahead_by_their_schedules():
+    comal_row = method("comal", eta=0.9, tau=0.3, reference_every=2)
+    played = solve(GAMES, from_row(comal_row, newton_steps=1), 5)
+    closed = solve(GAMES, comal(mirror_descent(eta=1 / 0.9), tau=0.3, every=2), 5)
+    close(jax.nn.softmax(played.logits), jax.nn.softmax(closed.logits), 1e-9)
+    first_of_onpo = step(optimistic_mirror_descent(eta=0.4))[0]
+    close(by_row("onpo", newton_steps=1, eta=0.4), first_of_onpo, 1e-10)
+    plain = from_row(method("iterative_dpo", beta=1.0, draws=(2,)), newton_steps=8)
+    ahead = from_row(method("apo", beta=1.0, draws=(2,), extrapolation=0.5), newton_steps=8)
+    round_ = jax.jit(lambda x: jax.nn.log_softmax(plain.step(x, GAMES, 0, KEY, ())[0]))
+    first = round_(GAMES.reference_logps)
+    second, fast = round_(first), solve(GAMES, ahead, 3).logits
+    # From the second round on half a round further than it led, and the next one starts there.
+    close(jax.nn.log_softmax(fast[2]), jax.nn.log_softmax(second + 0.5 * (second - first)), 1e-9)
+    third = round_(fast[2])
+    close(jax.nn.log_softmax(fast[3]), jax.nn.log_softmax(third + 0.5 * (third - second)), 1e-9)
+
+
+def test_rows_that_are_more_than_judged_pairs_are_refused():
+    for name in ("grpo", "inpo", "selm", "xpo", "ipo_md", "nash_ema_pg", "self_rewarding"):
+        with pytest.raises(ValueError, match=f"row '{name}' is more than pairs of the policy"):
+            from_row(method(name), rate=0.1)
+    with pytest.raises(ValueError, match=r"row 'dno' measures from its.*newton_steps=8"):
+        from_row(method("dno"), rate=0.1)
 
 
 # `solve`.
@@ -170,6 +240,27 @@ def test_solve_keeps_the_iterations_asked_for_and_averages_policies_before_them(
 def test_solve_refuses_iterations_out_of_order_or_range(at, message):
     with pytest.raises(ValueError, match=message):
         solve(GAMES, mirror_descent(eta=0.5), 5, at=at)
+
+
+def test_solve_names_what_does_not_fit():
+    update = mirror_descent(eta=0.5)
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"num_steps must be an integer.*got {wrong}"):
+            solve(GAMES, update, wrong)
+    with pytest.raises(ValueError, match=r"params must have shape \[4, 6\].*got \[6\]"):
+        solve(GAMES, update, 5, params=jnp.zeros(6))
+    with pytest.raises(TypeError, match=r"must be an Update, as egpo\(eta=0.3\)"):
+        solve(GAMES, update.step, 5)
+    with pytest.raises(TypeError, match="got a dict: give `solve` and the update the same"):
+        solve(GAMES, egpo(rate=0.1), 5, policy=neural_policy())
+    lost = Update(lambda x, game, t, key, m: (jnp.where(t == 2, jnp.nan, x), m))
+    with pytest.raises(ValueError, match="policy is NaN at iteration 3: a step that is too large"):
+        solve(GAMES, lost, 4)
+
+
+def test_parameters_are_computed_in_the_games_precision():
+    rough = np.float32(POLICIES)
+    assert solve(GAMES, mirror_descent(eta=0.5), 2, params=rough).logits.dtype == jnp.float64
 
 
 def test_random_keys_differ_by_iteration_and_repeat_by_run():
