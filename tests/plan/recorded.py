@@ -63,7 +63,6 @@ def record(settings, workdir, monkeypatch):
     known = {id(x) for x in before}
 
     def note(name, given):
-        gc.collect()
         own = [x for x in jax.live_arrays() if id(x) not in known and not x.is_deleted()]
         calls[name].append((shapes_of(given), device_bytes(own)))
 

@@ -349,6 +349,20 @@ def test_programs_of_an_extragradient_round_are_compiled_beside_its_anchors():
     assert abs(found["sampler"].arguments - resident["parameters"] - prompts) < 1024
 
 
+def test_programs_with_adapters_are_lowered_with_those_of_the_frozen_policies():
+    lora = dataclasses.replace(made_play().model, lora=LoraSettings(rank=4))
+    run = played(made_play("nash_md", mesh=ONE, model=lora))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    drawing = run.round.programs["opponents"]
+    for lowered in (
+        compiled.lower_step(run, mesh, donate=False),
+        compiled.lower_scorer(run, mesh),
+        compiled.lower_sampler(run, mesh, drawing),
+    ):
+        # Arguments that a program does not use are left out of it.
+        assert f"tensor<{SMALL.num_layers}x{SMALL.hidden_size}x4x" in lowered.as_text()
+
+
 @pytest.mark.slow
 def test_a_mixture_is_compiled_with_both_of_its_policies():
     run, found = compiled_programs("nash_md")
