@@ -94,7 +94,8 @@ def export(
         for _ in _tensors(params, shards, dtype):
             pass
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"paxo export {folder}")
+        # By a name that all share: each may see the run folder under another path.
+        multihost_utils.sync_global_devices("paxo export")
     return folder
 
 
