@@ -6,8 +6,8 @@ Zhou et al. 2025, arXiv:2503.08942: each round takes the same step twice from on
 time against where the first one led.
 
 On two CPU cores in a minute and a half: over the last ten evaluations of 100 rounds the exact gap
-is 0.004 (0.159 at the start) and the styles are 0.04 from the Nash policy (0.29 at the start); the
-last policy has 33 % plain, 47 % warm, 20 % grand, the Nash policy 32, 51 and 18 %.
+is 0.003 (0.159 at the start) and the styles are 0.03 from the Nash policy (0.29 at the start); the
+last policy has 32 % plain, 47 % warm, 20 % grand, the Nash policy 32, 50 and 18 %.
 """
 
 import dataclasses

@@ -129,7 +129,7 @@ def plot_rounds(
             axes.set_ylim(-0.02, 1.02)
         if exact and name in exact:
             axes.axhline(exact[name], color="C3", linewidth=0.8, linestyle="--", label="exact")
-            axes.legend(fontsize=7, loc="upper right")
+            axes.legend(fontsize=7)
         axes.set_title(panels[name], fontsize=9)
         axes.set_xlabel("round", fontsize=8)
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
