@@ -1,8 +1,10 @@
 """Frozen policies of a run: the scorer of each role, and what batches and steps keep of it."""
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,13 +26,26 @@ logger = logging.getLogger(__name__)
 HEAD = "reference_head"  # its name in `TrainState.frozen`
 
 
+@contextlib.contextmanager
 def frozen_scorers(
     settings: Experiment, model: Model, mesh: Mesh, workdir: pathlib.Path
-) -> dict[str, FixedScorer | StoredScorer]:
+) -> Iterator[dict[str, FixedScorer | StoredScorer]]:
     """Role -> the scorer of its frozen policy, for all roles that are attached to batches.
 
-    A role without a path scores with the model's own first parameters: `train` copies them.
+    A role without a path scores with the model's own first parameters: `train` copies them. Stores
+    are given back at the end, so that a notebook can run again what it has interrupted.
     """
+    with contextlib.ExitStack() as stores:
+        yield _scorers(settings, model, mesh, workdir, stores)
+
+
+def _scorers(
+    settings: Experiment,
+    model: Model,
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    stores: contextlib.ExitStack,
+) -> dict[str, FixedScorer | StoredScorer]:
     objective = settings.objective
     given = {"reference": settings.reference, "previous": settings.previous}
     unknown = sorted(set(objective.frozen_roles) - set(given))
@@ -64,7 +79,7 @@ def frozen_scorers(
                 )
             # A store is written by one scorer: those of other policies have folders of their own.
             folder = workdir / "logps" / ("" if not made else role)
-            made[same] = _scorer(settings, chosen, model, mesh, folder)
+            made[same] = _scorer(settings, chosen, model, mesh, folder, stores)
         scorers[role] = made[same]
     return scorers
 
@@ -75,6 +90,7 @@ def _scorer(
     model: Model,
     mesh: Mesh,
     folder: pathlib.Path,
+    stores: contextlib.ExitStack,
 ) -> FixedScorer | StoredScorer:
     """The scorer of one frozen policy, with its log-probs kept in `folder` or another."""
     lora = model.lora
@@ -99,7 +115,7 @@ def _scorer(
         f"{scorer.fingerprint()} {model.tokenizer.fingerprint()} {config.compute_dtype} {config}"
     )
     store = LogpStore(chosen.store or folder, fingerprint, process=jax.process_index())
-    return StoredScorer(scorer, store)
+    return StoredScorer(scorer, stores.enter_context(store))
 
 
 def _held(params: Params, policy: Policy, dtype: str, mesh: Mesh) -> Params:

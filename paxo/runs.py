@@ -81,88 +81,88 @@ def run(settings: Experiment, workdir: pathlib.Path) -> dict[str, Any]:
         lora=model.lora,
         base=settings.model.path or "",
     )
-    scorers = frozen_scorers(settings, model, mesh, workdir)
-    attach = functools.partial(attached, settings.objective, scorers) if scorers else None
-    # Rewards are read from sums alone.
-    attach_sums = functools.partial(attached, None, scorers)
+    with frozen_scorers(settings, model, mesh, workdir) as scorers:
+        attach = functools.partial(attached, settings.objective, scorers) if scorers else None
+        # Rewards are read from sums alone.
+        attach_sums = functools.partial(attached, None, scorers)
 
-    reward_head = _reward_head(settings.objective)
-    pairs = any(len(group.labels) > 1 for group in data.heldout)
-    signs = settings.objective.unpaired and not pairs
-    figure = "heldout_accuracy" if pairs or signs else "heldout_nll"
+        reward_head = _reward_head(settings.objective)
+        pairs = any(len(group.labels) > 1 for group in data.heldout)
+        signs = settings.objective.unpaired and not pairs
+        figure = "heldout_accuracy" if pairs or signs else "heldout_nll"
 
-    def measure(params: Params) -> Estimate | None:
-        if not data.heldout:
-            return None
-        rows = heldout_batches(data, settings.train.rows_per_batch, mesh)
-        place = functools.partial(place_rows, mesh=mesh)
-        if reward_head and pairs:
-            scorer = HeadScorer(model.policy, params, reward_head, mesh)
-            return reward_accuracy(scorer, map(place, rows))
-        scorer = make_scorer(model.policy, params, mesh=mesh)
-        if not pairs and not signs:
-            return nll_per_token(scorer, map(place, rows))
-        accuracy = sign_accuracy if signs else reward_accuracy
-        return accuracy(
-            scorer,
-            map(place, map(attach_sums, rows)),
-            scale=settings.objective.reward_scale,
-            per_token=settings.objective.reward_per_token,
+        def measure(params: Params) -> Estimate | None:
+            if not data.heldout:
+                return None
+            rows = heldout_batches(data, settings.train.rows_per_batch, mesh)
+            place = functools.partial(place_rows, mesh=mesh)
+            if reward_head and pairs:
+                scorer = HeadScorer(model.policy, params, reward_head, mesh)
+                return reward_accuracy(scorer, map(place, rows))
+            scorer = make_scorer(model.policy, params, mesh=mesh)
+            if not pairs and not signs:
+                return nll_per_token(scorer, map(place, rows))
+            accuracy = sign_accuracy if signs else reward_accuracy
+            return accuracy(
+                scorer,
+                map(place, map(attach_sums, rows)),
+                scale=settings.objective.reward_scale,
+                per_token=settings.objective.reward_per_token,
+            )
+
+        measured: dict[int, Estimate | None] = {}
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            whole = model.policy.join(state.params, state.frozen)
+            found = measured[int(state.step)] = measure(whole)
+            name = "eval/loss" if figure == "heldout_nll" else "eval/rewards/accuracies"
+            return {} if found is None else {name: found.value}
+
+        before = measure(model.params)
+        state = train(
+            model.policy,
+            model.params,
+            settings.objective,
+            settings.optimizer,
+            batches(data, settings.data, settings.train, mesh),
+            settings.train,
+            mesh,
+            workdir,
+            attach=attach,
+            evaluate=evaluate,
+            frozen=frozen_params(settings.objective, scorers),
         )
-
-    measured: dict[int, Estimate | None] = {}
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        whole = model.policy.join(state.params, state.frozen)
-        found = measured[int(state.step)] = measure(whole)
-        name = "eval/loss" if figure == "heldout_nll" else "eval/rewards/accuracies"
-        return {} if found is None else {name: found.value}
-
-    before = measure(model.params)
-    state = train(
-        model.policy,
-        model.params,
-        settings.objective,
-        settings.optimizer,
-        batches(data, settings.data, settings.train, mesh),
-        settings.train,
-        mesh,
-        workdir,
-        attach=attach,
-        evaluate=evaluate,
-        frozen=frozen_params(settings.objective, scorers),
-    )
-    if int(state.step) not in measured:  # a finished run was started again
-        evaluate(state)
-    after = measured[int(state.step)]
-    results: dict[str, Any] = {"num_steps": settings.train.num_steps}
-    if before is not None and after is not None:
-        results |= {
-            figure: {"before": before.value, "after": after.value},
-            f"{figure}_interval": {
-                "before": [before.low, before.high],
-                "after": [after.low, after.high],
-            },
-            f"heldout_{'pairs' if pairs else 'examples'}": after.count,
-        }
-    if settings.export:
-        artifacts.export_model(
-            model.policy.join(state.params, state.frozen),
-            model.config,
-            workdir / "export",
-            model.tokenizer,
-            model.folder,
-            lora=model.lora,
-        )
-        if heads and jax.process_index() == 0:
-            save_heads(state.params, workdir / "export" / "heads.safetensors")
-    results["seconds"] = time.perf_counter() - start
-    if jax.process_index() == 0:
-        write_results(workdir / "results.json", results)
+        if int(state.step) not in measured:  # a finished run was started again
+            evaluate(state)
+        after = measured[int(state.step)]
+        results: dict[str, Any] = {"num_steps": settings.train.num_steps}
         if before is not None and after is not None:
-            _print_heldout(figure, before, after)
-        logger.info("finished in %.0f s; results in %s", results["seconds"], workdir)
-    return results
+            results |= {
+                figure: {"before": before.value, "after": after.value},
+                f"{figure}_interval": {
+                    "before": [before.low, before.high],
+                    "after": [after.low, after.high],
+                },
+                f"heldout_{'pairs' if pairs else 'examples'}": after.count,
+            }
+        if settings.export:
+            artifacts.export_model(
+                model.policy.join(state.params, state.frozen),
+                model.config,
+                workdir / "export",
+                model.tokenizer,
+                model.folder,
+                lora=model.lora,
+            )
+            if heads and jax.process_index() == 0:
+                save_heads(state.params, workdir / "export" / "heads.safetensors")
+        results["seconds"] = time.perf_counter() - start
+        if jax.process_index() == 0:
+            write_results(workdir / "results.json", results)
+            if before is not None and after is not None:
+                _print_heldout(figure, before, after)
+            logger.info("finished in %.0f s; results in %s", results["seconds"], workdir)
+        return results
 
 
 def train(

@@ -38,8 +38,12 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Skips XLA's costly optimisations: programs of made models then compile four times faster."""
+    """Skips XLA's costly optimisations: programs of made models then compile four times faster.
+
+    They are forgotten at the end: jax would take them for optimised ones.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

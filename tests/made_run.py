@@ -76,6 +76,7 @@ def compiled_quickly(folder: pathlib.Path) -> Iterator[None]:
         yield
         for name, value in before.items():
             jax.config.update(name, value)
+    jax.clear_caches()  # jax would take them for optimised ones
 
 
 def words() -> list[str]:
