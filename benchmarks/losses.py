@@ -29,7 +29,10 @@ PAIRS, LIMIT = 65_536, 4.0
 SUMS = {"policy_logps", "reference_logps", "previous_logps", "lengths", "labels", "win_rates"}
 GIVEN = {"rewards", "margin_rewards", "preference_scores", "advantages"}
 # They draw, sort or remember over the batch, or want more than a pair: not closed forms of a pair.
-OTHERS = {"bpo", "rationale_dpo", "srpo", "triple_po", "triple_po_l", "xpo", "vpo", "selm", "hypo"}
+OTHERS = {
+    *("bpo", "rationale_dpo", "rationale_orpo", "srpo", "triple_po", "triple_po_l"),
+    *("xpo", "vpo", "selm", "hypo"),
+}
 LISTS = (
     *("plackett_luce", "lipo", "lipo_lambda", "pro", "swepo", "mppo", "rrhf", "infonca", "nca"),
     *("exo", "diff_ndcg", "unique_softmax", "poly1_softmax", "pairwise_mse", "pairwise_quantile"),

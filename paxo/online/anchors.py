@@ -46,7 +46,9 @@ def moved(
             state = state.replace(params=ahead)
         anchors["ahead"] = fitted
     if schedule.average:
-        anchors["average"] = averaged(anchors["average"], state.params, schedule.average)
+        average = averaged(anchors["average"], state.params, schedule.average)
+        places = jax.tree.map(lambda x: x.sharding, state.params)
+        anchors["average"] = jax.device_put(average, places)
     if schedule.reference_every and (number + 1) % schedule.reference_every == 0:
         anchors["reference"] = snapshot(state.params)
     return state, anchors

@@ -220,6 +220,7 @@ class _Run:
         abstract = self._abstract.replace(frozen=self.base)
         self.shardings = state_shardings(abstract, self.placed, self.optimizer, placed_base)
         self.base = jax.device_put(self.base, self.shardings.frozen)
+        self.first = jax.device_put(self.first, self.placed)  # no copy where they lie so
         self._compiled: dict[bool, CompiledStep] = {}
 
     # --- the state ---
@@ -242,7 +243,9 @@ class _Run:
                 return state, anchors, _Place(position["round"], position["step"])
         make = jax.jit(self._make, out_shardings=self.shardings.replace(frozen={}))
         state = make(snapshot(self.first), self._state_key).replace(frozen=self.base)
-        own = {} if self.reference is None else {"reference": self.policy.split(self.reference)[0]}
+        own = {}
+        if self.reference is not None:
+            own["reference"] = jax.device_put(self.policy.split(self.reference)[0], self.placed)
         return state, {n: snapshot(own.get(n, self.first)) for n in names}, _Place(0, 0)
 
     def whole(self, trained: Params) -> Params:

@@ -121,7 +121,7 @@ def rto_advantages(
 def _with_advantages(batches, token_rewards, tools, gamma, lam, whitened) -> list[PreferenceBatch]:
     values = [_values(tools.policy, tools.params, b) for b in batches]
     masks = [_mask(b) for b in batches]
-    found = [gae(r, v, m, gamma=gamma, lam=lam) for r, v, m in zip(token_rewards, values, masks)]
+    found = [_gae(r, v, m, gamma=gamma, lam=lam) for r, v, m in zip(token_rewards, values, masks)]
     advantages = [a for a, _ in found]
     if whitened:
         flat = whiten(_joined(advantages), _joined(masks))
@@ -161,6 +161,10 @@ def _tokens(batch: PreferenceBatch, role: str) -> Array:
 
 def _mask(batch: PreferenceBatch) -> Array:
     return scoring.by_candidate(jnp.ones(batch.score_slot.shape, bool), batch)
+
+
+# Compiled once: called as it is, its scan would be compiled every round.
+_gae = jax.jit(gae)
 
 
 @functools.partial(jax.jit, static_argnums=0)
