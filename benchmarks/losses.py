@@ -36,7 +36,8 @@ OTHERS = {
 LISTS = (
     *("plackett_luce", "lipo", "lipo_lambda", "pro", "swepo", "mppo", "rrhf", "infonca", "nca"),
     *("exo", "diff_ndcg", "unique_softmax", "poly1_softmax", "pairwise_mse", "pairwise_quantile"),
-    *("pairwise_soft01", "approx_ndcg", "neural_ndcg", "rloo", "copg", "sppo", "gpo"),
+    *("pairwise_soft01", "approx_ndcg", "neural_ndcg", "rloo", "copg", "sppo", "gpo", "brain"),
+    "slic_list",
 )
 CUBIC = {"diff_ndcg"}
 

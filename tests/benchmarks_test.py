@@ -113,7 +113,7 @@ def test_the_table_names_what_it_could_not_run_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_round_of_egpo_costs_at_most_2_2_times_one_of_online_ipo():
-    finished = measured("--rounds", "12", "--turns", "1", module="benchmarks.self_play")
+    finished = measured("--rounds", "8", "--turns", "3", module="benchmarks.self_play")
     assert finished.returncode == 0, finished.stderr
     line = json.loads(finished.stdout.splitlines()[-1])
     assert line["egpo_over_online_ipo"] <= 2.2, line
