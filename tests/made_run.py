@@ -73,10 +73,12 @@ def compiled_quickly(folder: pathlib.Path) -> Iterator[None]:
             patch.setenv(name, value)
         jax.config.update(cache, kept)
         jax.config.update(plain, True)
-        yield
-        for name, value in before.items():
-            jax.config.update(name, value)
-    jax.clear_caches()  # jax would take them for optimised ones
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            jax.clear_caches()  # jax would take them for optimised ones
 
 
 def words() -> list[str]:

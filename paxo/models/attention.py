@@ -57,7 +57,8 @@ def packed_attention(
 
     >>> zeros, value = jnp.zeros((1, 4, 1, 1, 1)), jnp.array([0.0, 2.0, 7.0, 4.0])
     >>> group, branch = jnp.array([[1, 1, 1, 1]]), jnp.array([[0, 0, 1, 2]])
-    >>> packed_attention(zeros, zeros[..., 0], value.reshape(1, 4, 1, 1), group, branch).ravel()
+    >>> value = value.reshape(1, 4, 1, 1)
+    >>> packed_attention(zeros, zeros[..., 0], value, group, branch).ravel().round(4)
     Array([0., 1., 3., 2.], dtype=float32)
     """
     how = _chosen(q_BTGQH) if how == "auto" else how
