@@ -9,7 +9,7 @@ judge: the policy goes round. Iterative DPO, whose reference is the last policy,
 On two CPU cores in half a minute: the exact gap averages 0.30 in the second half of 100 rounds,
 and up to 0.86 (0.159 at the start), while the styles go round. Iterative DPO ends by itself in the
 30s of its rounds: all texts have one style, and a round in which nothing but ties is left is an
-error (exit code 4; `rounds.png` shows what was before it).
+error (exit code 5; `rounds.png` shows what was before it).
 """
 
 import dataclasses

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import paxo
 
-DONE, CRASHED, WRONG_USE, NON_FINITE, NO_ROUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, CRASHED, WRONG_USE, NON_FINITE, NO_ROUND, INTERRUPTED = 0, 1, 2, 3, 5, 130
 EPILOG = """\
 exit codes:
   0    done
@@ -24,7 +24,7 @@ exit codes:
   2    wrong use: a flag, a setting, an input file or a folder; one line says what is wrong
        (--debug shows the traceback too)
   3    the loss became NaN or infinite; the line names the step and the batch
-  4    a round of self-play could not be judged or trained on; the line tells why, with counts, and
+  5    a round of self-play could not be judged or trained on; the line tells why, with counts, and
        the same `paxo run` command goes on from there
   130  interrupted; the same `paxo run` command resumes
 

@@ -154,7 +154,7 @@ class RoundError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left", "/x"), 2, "/x: No space left"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system"),
         (LossError("step 7: loss is nan"), 3, "step 7: loss is nan"),
-        (RoundError("round 0002: no judge"), 4, "round 0002: no judge"),
+        (RoundError("round 0002: no judge"), 5, "round 0002: no judge"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -16,6 +16,8 @@ import time
 
 import pytest
 
+from paxo import cli
+
 PROJECT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = PROJECT / "launch"
 SCRIPTS = (
@@ -689,6 +691,14 @@ def test_wrong_use_is_told_in_a_line_before_anything_is_done(world, script, argu
     assert f"{script}: error: " in line
     assert error in line
     assert not (world.folder / "calls").exists()
+
+
+def test_codes_of_the_scripts_mean_nothing_else_in_paxo():
+    text = (LAUNCH / "common.sh").read_text()
+    code = {name: int(x) for name, x in re.findall(r"\b([A-Z_]+)=(\d+)\b", text)}
+    assert (code["WRONG_USE"], code["NON_FINITE"]) == (cli.WRONG_USE, cli.NON_FINITE)
+    taken = {cli.DONE, cli.CRASHED, cli.WRONG_USE, cli.NON_FINITE, cli.NO_ROUND, cli.INTERRUPTED}
+    assert not {code["NO_QUOTA"], code["PREEMPTED"]} & taken
 
 
 def test_no_project_zone_or_bucket_is_written_in(world):

@@ -13,7 +13,7 @@ against whom. Gradient methods:
 Methods in rounds, each the minimiser of a loss on the snapshot's own pairs: inpo, onpo, sppo, dno,
 and iterated DPO or IPO.
 Where the minimiser has a closed form, `mirror_descent` and `optimistic_mirror_descent` are it.
-`from_row` plays the rows of `paxo.online` that train on pairs.
+`games.rows` makes updates of the rows of `paxo.online` from these.
 
 `eta` is everywhere the step on win rates: a tabular gradient step at rate `eta beta N / 4` is a
 mirror step of `eta`. It may be a function of the iteration.
@@ -286,7 +286,7 @@ def inpo(*, eta: Size) -> Update:
     loss = lambda game, t: functools.partial(  # noqa: E731
         LOSSES["inpo"], eta=_at(eta, t), tau=game.beta
     )
-    return _fit_of(loss, 1)
+    return fit_each_round(loss, 1)
 
 
 def dno(*, eta: Size, newton_steps: int = 8) -> Update:
@@ -298,7 +298,7 @@ def dno(*, eta: Size, newton_steps: int = 8) -> Update:
     """
     _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["dno"], eta=_at(eta, t))  # noqa: E731
-    return _fit_of(loss, newton_steps)
+    return fit_each_round(loss, newton_steps)
 
 
 def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
@@ -312,7 +312,7 @@ def sppo(*, eta: Size, newton_steps: int = 8) -> Update:
     """
     _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["sppo"], eta=_at(eta, t))  # noqa: E731
-    return _fit_of(loss, newton_steps)
+    return fit_each_round(loss, newton_steps)
 
 
 def onpo(*, eta: Size) -> Update:
@@ -325,7 +325,7 @@ def onpo(*, eta: Size) -> Update:
     """
     _check_positive(eta=eta)
     loss = lambda game, t: functools.partial(LOSSES["onpo"], eta=_at(eta, t))  # noqa: E731
-    return _fit_of(loss, 1, optimistic=True)
+    return fit_each_round(loss, 1, optimistic=True)
 
 
 def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
@@ -339,7 +339,7 @@ def iterated(loss: Objective, *, newton_steps: int = 8) -> Update:
         loss: an objective of pairs, e.g. `objective("dpo", beta=1.0)`.
         newton_steps: of the fit; 1 is exact for IPO.
     """
-    return _snapshot_reference(_fit_of(loss, newton_steps))
+    return snapshot_reference(fit_each_round(loss, newton_steps))
 
 
 def comal(inner: Update, *, tau: float, every: int) -> Update:
@@ -354,7 +354,7 @@ def comal(inner: Update, *, tau: float, every: int) -> Update:
     """
     _check_positive(tau=tau, every=every)
 
-    moving = _moving_reference(inner, every)
+    moving = moving_reference(inner, every)
 
     def step(logits, game, t, key, memory):
         at = game.replace(beta=jnp.asarray(tau, game.beta.dtype))
@@ -378,62 +378,7 @@ def proximal_point(*, tau: float) -> Update:
     return Update(step)
 
 
-def from_row(row: Any, *, newton_steps: int = 0, **size: Any) -> Update:
-    """A row of `paxo.online.METHODS` in exact expectation: any record with its fields will do.
-
-    Its objective is minimised on what it draws, against its opponent, by one gradient step a round
-    or, as its theory has it, to the end; its reference and look-ahead move by its schedule. Of a
-    pair each verdict counts as often as the judge gives it, and a row that explores draws from the
-    uniform policy.
-
-    Args:
-        row: e.g. `paxo.online.method("egpo", beta=0.1)`; its objective keeps its own numbers, so
-            give it the game's KL weight.
-        newton_steps: of a round's fit, see `fitted`; 0 takes one step of gradient descent.
-        **size: of that step, `eta` or `rate`.
-
-    Raises:
-        ValueError: for rows that train on rewards, on completions of a data set, of the reference
-            or of an average, or on a choice among more candidates than it trains on; for no fit
-            where the loss measures from the round's snapshot.
-
-    >>> from paxo.games.builders import rock_paper_scissors
-    >>> from paxo.games.solve import solve
-    >>> from paxo.online import method
-    >>> game = rock_paper_scissors(beta=0.1, reference_logits=jnp.array([1.0, 0.0, 0.0]))
-    >>> played = solve(game, from_row(method("egpo", beta=0.1), eta=0.3), 300, at=(300,))
-    >>> bool(exact.duality_gap(game, played.logits[-1]) < 1e-5)
-    True
-    """
-    schedule, (draw, *others) = row.schedule, row.draws
-    opponent = None if row.opponent is None else row.opponent.source
-    plain = draw.source == "policy" and not others and row.group_size == row.num_candidates <= 2
-    if row.rewards or not row.judged or not plain or opponent not in (None, "policy", "mixture"):
-        raise ValueError(
-            f"row {row.name!r} is more than pairs of the policy, judged: it cannot be played in "
-            "exact expectation. Rows that choose among K take draws=(2,), where they have one draw"
-        )
-    if schedule.hyper_parameters or schedule.replay or schedule.average:
-        raise ValueError(f"row {row.name!r} has a schedule that depends on earlier rounds' data")
-    if "previous" in row.objective.roles and not newton_steps:
-        raise ValueError(
-            f"row {row.name!r} measures from its snapshot, where one step says little: give "
-            "newton_steps=8 (1 is exact for losses that are quadratic in margins)"
-        )
-    if newton_steps:
-        update = _fit_of(row.objective, newton_steps, optimistic=schedule.optimistic)
-    else:
-        move = gradient_move(row.objective, on_policy=draw.is_plain, **size)
-        mix = row.mix if opponent == "mixture" else 0.0
-        update = extragradient(move) if schedule.extragradient else play(move, mix=mix)
-    if schedule.reference == "snapshot":
-        update = _snapshot_reference(update)
-    elif schedule.reference_every:
-        update = _moving_reference(update, schedule.reference_every)
-    return extrapolated(update, alpha=schedule.extrapolation) if schedule.extrapolation else update
-
-
-def _fit_of(loss: LossOf, newton_steps: int, *, optimistic: bool = False) -> Update:
+def fit_each_round(loss: LossOf, newton_steps: int, *, optimistic: bool = False) -> Update:
     """One fit a round; or two, of the anchor from itself and of the policy from the new anchor."""
     fit = fitted(loss, newton_steps=newton_steps)
     if not optimistic:
@@ -446,7 +391,7 @@ def _fit_of(loss: LossOf, newton_steps: int, *, optimistic: bool = False) -> Upd
     return Update(step, lambda logits, game: logits)
 
 
-def _snapshot_reference(inner: Update) -> Update:
+def snapshot_reference(inner: Update) -> Update:
     """Each round's reference is the policy that it starts from."""
 
     def step(logits, game, t, key, memory):
@@ -455,7 +400,7 @@ def _snapshot_reference(inner: Update) -> Update:
     return Update(step, inner.init)
 
 
-def _moving_reference(inner: Update, every: int) -> Update:
+def moving_reference(inner: Update, every: int) -> Update:
     """The reference becomes the policy after every so many rounds."""
 
     def step(logits, game, t, key, memory):

@@ -47,6 +47,7 @@ def moved(
         anchors["ahead"] = fitted
     if schedule.average:
         average = averaged(anchors["average"], state.params, schedule.average)
+        # Where the policy lies: elsewhere, the next average would be another program.
         places = jax.tree.map(lambda x: x.sharding, state.params)
         anchors["average"] = jax.device_put(average, places)
     if schedule.reference_every and (number + 1) % schedule.reference_every == 0:

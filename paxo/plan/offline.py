@@ -60,8 +60,9 @@ class Offline:
 
     @property
     def candidates(self) -> int:
-        """K of a group: see `num_candidates`."""
-        return num_candidates(self.settings)
+        """K: 1 for demonstrations and signs, else a pair; one more with a mismatched one."""
+        demonstrations = {term.name for term in self.objective.terms} == {"nll"}
+        return (1 if demonstrations or self.objective.unpaired else 2) + self.objective.mismatched
 
     def mesh_of(self, role: str) -> MeshSettings | None:
         """The mesh of a frozen policy, where it has one of its own."""
@@ -83,8 +84,14 @@ class Offline:
         )
 
     def lengths(self, config: ModelConfig) -> Lengths:
-        """What is assumed about the data."""
-        return assumed_lengths(self.settings, config, self.candidates)
+        """Lengths half of the limits on average; without limits a row is a third prompt."""
+        limits, row = self.settings.data.limits, self.settings.data.row_length
+        longest = min(limits.max_sequence or config.max_positions, config.max_positions)
+        group = min(row or limits.max_group or 2048, 2048, longest * self.candidates)
+        prompt = limits.max_prompt or max(group // 3, 1)
+        completion = limits.max_completion or max((group - prompt) // self.candidates, 1)
+        prompt, completion = min(prompt, longest - 1), min(completion, longest - 1)
+        return Lengths(prompt / 2, completion / 2, prompt, completion)
 
     def row_length(self, lengths: Lengths) -> int:
         """L that the settings ask for."""
@@ -223,24 +230,6 @@ class Offline:
         count = math.ceil(groups * layout.rows / ways) * ways
         drawn = SamplingConfig(lengths.max_completion, num_candidates=self.candidates)
         return Round(count, count, lengths.max_prompt, 1, (Drawing(drawn),))
-
-
-def assumed_lengths(settings: Experiment, config: ModelConfig, candidates: int) -> Lengths:
-    """Lengths half of the limits on average; without limits a row is a third prompt."""
-    limits, row = settings.data.limits, settings.data.row_length
-    longest = min(limits.max_sequence or config.max_positions, config.max_positions)
-    group = min(row or limits.max_group or 2048, 2048, longest * candidates)
-    prompt = limits.max_prompt or max(group // 3, 1)
-    completion = limits.max_completion or max((group - prompt) // candidates, 1)
-    prompt, completion = min(prompt, longest - 1), min(completion, longest - 1)
-    return Lengths(prompt / 2, completion / 2, prompt, completion)
-
-
-def num_candidates(settings: Experiment) -> int:
-    """K: 1 for demonstrations and signs, else a pair; one more where a mismatched one is added."""
-    objective = settings.objective
-    demonstrations = {term.name for term in objective.terms} == {"nll"}
-    return (1 if demonstrations or objective.unpaired else 2) + objective.mismatched
 
 
 def _group(lengths: Lengths, candidates: int) -> float:

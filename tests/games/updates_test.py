@@ -8,13 +8,13 @@ import pytest
 from paxo.games import builders, exact
 from paxo.games.expected import expected_loss
 from paxo.games.policies import game_around, neural_policy
+from paxo.games.rows import from_row
 from paxo.games.solve import Update, solve
 from paxo.games.updates import (
     best_response_iteration,
     comal,
     dno,
     egpo,
-    from_row,
     gradient_move,
     inpo,
     iterated,

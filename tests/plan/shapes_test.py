@@ -12,7 +12,6 @@ from paxo.overrides import SettingsError, apply_overrides
 from paxo.plan.kinds import first_layout
 from paxo.plan.layout import abstract_mesh, model_config
 from paxo.plan.memory import CATEGORIES, memory_of
-from paxo.plan.offline import num_candidates
 from paxo.plan.shapes import bytes_per_device, placement, relaid
 from paxo.scoring import default_chunk
 from paxo.training.step import check_batch
@@ -95,7 +94,7 @@ def test_a_mesh_of_a_reference_that_cannot_be_is_refused_in_words(sizes, words):
 )
 def test_a_batch_has_what_its_objective_reads(objective, candidates):
     run = made_run(made_settings(objective))
-    assert num_candidates(run.settings) == candidates == run.batch.where.shape[-1]
+    assert run.kind.candidates == candidates == run.batch.where.shape[-1]
     check_batch(run.settings.objective, run.batch, run.policy.heads, run.state.frozen)
 
 
